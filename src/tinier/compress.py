@@ -1,0 +1,223 @@
+"""The main job: the best version of a network inside the limits, measured on the real runtime, its loss certified."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinier.data.base import Examples
+from tinier.data.first import first_inputs
+from tinier.errors import InputError
+from tinier.measure.machine import default_threads, machine
+from tinier.measure.metrics import metric as metric_of
+from tinier.network import Example
+from tinier.progress import Progress, Silent
+from tinier.report.folder import check_output, write
+from tinier.search.candidate import Limits, Result
+from tinier.search.driver import Search
+from tinier.search.judge import Judge
+from tinier.search.parts import Parts
+from tinier.search.proof import conclude
+from tinier.search.workshop import Workshop
+from tinier.sources.load import load
+from tinier.targets.base import targets_for
+from tinier.units import parse_bytes, parse_drop, parse_milliseconds, parse_seconds
+from tinier.version import VERSION
+
+EVALUATED = 64  # examples in one run while quality is measured
+
+
+def compress(
+    model: Any,
+    data: Any,
+    *,
+    example: Example | None = None,
+    train: Any = None,
+    certify: Any = None,
+    metric: str | Callable[..., Any] | None = None,
+    max_drop: float | str | None = None,
+    max_latency: float | str | None = None,
+    max_size: int | str | None = None,
+    target: str | Sequence[str] = "cpu",
+    budget: float | str = "10m",
+    out: str | Path | None = None,
+    batch: int = 1,
+    threads: int | None = None,
+    delta: float = 0.05,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result:
+    """Find, measure and certify the best version of a model inside the limits.
+
+    Args:
+        model: an ``nn.Module``, the path of an ONNX file, or of a Hugging Face directory; never changed.
+        data: examples to judge by: a path (.npz, folder of class folders, .csv, .jsonl, .parquet), "module:function", a ``Dataset``,
+            a ``DataLoader`` or arrays. 30 % of it compares candidates, 70 % certifies, split by ``seed``.
+        example: example inputs of an ``nn.Module``: a tensor, a tuple or a dict; taken from the data if None.
+        train: examples to recover pruned networks with; without it nothing is trained.
+        certify: examples for the certificate alone; then all of ``data`` compares candidates.
+        metric: "accuracy", "agreement" (with the original), a torchmetrics name, "module:function" or a function. Accuracy where there
+            are labels, agreement where there are none.
+        max_drop: greatest loss of the metric in its own units (0.01 or "1%"). 1 % if no limit is given at all.
+        max_latency: milliseconds, or text with a unit ("5ms").
+        max_size: bytes, or text with a unit ("4MB").
+        target: "cpu" (every installed runtime, the fastest wins), or names of runtimes.
+        budget: seconds, or text with a unit ("10m").
+        out: folder for the result; nothing is kept if None.
+        batch: batch size that is timed.
+        threads: of the runtimes; the cores of this process if None.
+        delta: the certificate is wrong with at most this probability.
+        seed: of the split, the training and the timing order.
+        progress: receives what happens; silent if None.
+        **options: how data are read: ``mean``, ``std``, ``max_length``.
+
+    Returns:
+        The result; printing it shows the table. ``met`` is False when no candidate keeps the limits: ``best`` is the nearest then.
+
+    Raises:
+        InputError: something that was handed in is wrong; nothing has been written.
+        MissingError: an optional dependency is needed; the message has the install command.
+
+    Cost:
+        About ``budget``, and as long as it takes to build the candidates if that is longer.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    limits = _limits(max_drop, max_latency, max_size)
+    seconds = parse_seconds(budget)
+    targets = {one.name: one for one in targets_for(target)}
+    if not targets:
+        raise InputError("no runtime is installed: pip install 'tinier[onnxruntime]'")
+    if not 0 < delta < 1:
+        raise InputError(f"delta is {delta}; a probability between 0 and 1 is needed, such as 0.05")
+    if batch < 1:
+        raise InputError(f"batch is {batch}; 1 or more is needed")
+    folder = check_output(out) if out is not None else None
+
+    # Everything that was handed in is looked at before anything long starts.
+    with progress.task("reading model and data"):
+        network = load(model, first_inputs(data) if example is None else example)
+        parts = Parts.of(network, data, train, certify, seed, options)
+        judged = metric_of(
+            metric or ("accuracy" if parts.searched.labelled else "agreement"),
+            parts.searched.labelled,
+        )
+    for note in parts.searched.notes:
+        progress.say(note)
+    fixed = None if network.traced.batched else len(next(iter(network.example.values())))
+    torch.manual_seed(seed)
+
+    with tempfile.TemporaryDirectory(prefix="tinier-") as work:
+        workshop = Workshop(
+            original=network,
+            calibration=parts.train or parts.searched,
+            train=parts.train,
+            targets=targets,
+            folder=Path(work),
+            threads=threads or default_threads(),
+            batch=fixed or batch,
+            saturation_free=not machine().vnni,
+            seed=seed,
+            progress=progress,
+        )
+        searched = Judge(network, parts.searched, judged, fixed or EVALUATED, progress)
+        unseen = Judge(network, parts.unseen, judged, fixed or EVALUATED, progress)
+        search = Search(workshop, searched, limits, started + seconds, progress)
+        table = search.run()
+        result = conclude(table, limits, workshop, searched, unseen, delta)
+        result.interrupted = search.interrupted
+        result.facts.update(_facts(workshop, searched, unseen, delta, seconds, parts, options))
+        result.facts["seconds"] = time.monotonic() - started
+        if folder is not None and result.best is not None:
+            _save(result, folder, workshop, unseen)
+    return result
+
+
+def _limits(
+    max_drop: float | str | None,
+    max_latency: float | str | None,
+    max_size: int | str | None,
+) -> Limits:
+    if max_drop is None and max_latency is None and max_size is None:
+        max_drop = 0.01
+    return Limits(
+        None if max_drop is None else parse_drop(max_drop),
+        None if max_latency is None else parse_milliseconds(max_latency),
+        None if max_size is None else parse_bytes(max_size),
+    )
+
+
+def _facts(
+    workshop: Workshop,
+    searched: Judge,
+    unseen: Judge,
+    delta: float,
+    budget: float,
+    parts: Parts,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What a reader needs to repeat the run, and to believe it."""
+    here = machine()
+    return {
+        "model": workshop.original.name,
+        "metric": searched.metric.name,
+        "higher_is_better": searched.metric.higher_is_better,
+        "points": searched.metric.bounds == (0.0, 1.0),
+        "data": parts.searched.origin or "Python objects",
+        "search_examples": len(parts.searched),
+        "certify_examples": len(parts.unseen),
+        "train_examples": len(parts.train) if parts.train else None,
+        "data_parts": {
+            "search": _part(parts.searched),
+            "certify": _part(parts.unseen),
+            "train": _part(parts.train) if parts.train else None,
+            "split": parts.fractions and list(parts.fractions),
+            "seed": workshop.seed,
+            "batch": unseen.batch,
+            "options": {key: value for key, value in options.items() if value is not None},
+        },
+        "batch": workshop.batch,
+        "threads": workshop.threads,
+        "seed": workshop.seed,
+        "delta": delta,
+        "budget": budget,
+        "machine": f"{here.cpu}, {here.cores} cores, {', '.join(here.flags)}",
+        "runtimes": {
+            name: here.runtimes[name].version for name in workshop.targets if name in here.runtimes
+        },
+        "versions": {"tinier": VERSION, "torch": torch.__version__, "python": here.python},
+        "original_bytes": sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in workshop.original.module.state_dict().values()
+        ),
+    }
+
+
+def _part(examples: Examples) -> dict[str, Any]:
+    return {"origin": examples.origin, "examples": len(examples), "sha256": examples.digest()}
+
+
+def _save(result: Result, folder: Path, workshop: Workshop, unseen: Judge) -> None:
+    best = result.best
+    assert best is not None
+    network, plan = workshop.build(best.variant)
+    scores = {}
+    if best.certified is not None and best.certified.scores is not None:
+        assert unseen.original.scores is not None
+        scores = {"original": unseen.original.scores, "artifact": best.certified.scores}
+        if unseen.reference is not None:
+            scores["reference"] = unseen.reference[0]
+    write(
+        result,
+        folder,
+        target=workshop.targets[best.target],
+        network=network,
+        plan=plan,
+        trainable=workshop.pruned(best.variant.keep)[0],
+        source=workshop.original.folder,
+        scores=scores,
+    )

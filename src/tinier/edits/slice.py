@@ -1,0 +1,277 @@
+"""Slice: channels leave for good, from every parameter that has them, and the result is proved."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from tinier.edits.base import Edit, Plan
+from tinier.edits.rewrite import Kept, kept_along, sliced_graph
+from tinier.edits.stock import stock_modules
+from tinier.errors import RefusedError
+from tinier.graph.axes import Atom, Axis, atoms, positions
+from tinier.graph.groups import Channels, Group, channel_groups
+from tinier.graph.masked import masked_outputs, masked_values
+from tinier.graph.trace import Traced, call
+from tinier.network import Network
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Slice(Edit):
+    """Keep some channels of a group and cut the others out of every parameter.
+
+    Attributes:
+        group: name of the channel group.
+        size: number of channels before.
+        kept: the channels that stay, ascending.
+        cuts: for each place of the group: (parameter, dimension, positions that stay along it if only this group is cut).
+            Where several groups meet in one dimension, what stays is the intersection.
+    """
+
+    kind: ClassVar[str] = "slice"
+
+    group: str
+    size: int
+    kept: tuple[int, ...]
+    cuts: tuple[tuple[str, int, tuple[int, ...]], ...]
+
+    @staticmethod
+    def of(group: Group, kept: Iterable[int]) -> "Slice":
+        """The slice that keeps these channels of a group."""
+        channels = tuple(sorted(kept))
+        atom = {group.atom: torch.tensor(channels, dtype=torch.int64)}
+        cuts = []
+        for parameter, dim, axis in dict.fromkeys(
+            (s.parameter, s.dim, s.axis) for s in group.slots
+        ):
+            cuts.append((parameter, dim, tuple(_left(axis, atom).tolist())))
+        return Slice(group.name, group.size, channels, tuple(cuts))
+
+    def row(self) -> tuple[str, str]:
+        """The group, and how many channels it had and keeps."""
+        return self.group, f"{self.size} → {len(self.kept)}"
+
+    @classmethod
+    def apply_all(cls, edits: list[Edit], network: Network) -> Network:
+        """A smaller network, proved equal to the masked reference; the user's class where it can be kept.
+
+        Raises:
+            RefusedError: a slice does not fit the network, or the proof fails.
+
+        Cost:
+            One trace, two copies of the network, and a few runs of it at batch 2 and 3.
+        """
+        slices = [edit for edit in edits if isinstance(edit, Slice)]
+        traced = network.traced
+        channels = channel_groups(traced)
+        kept = _kept_atoms(slices, channels)
+        if not kept:
+            return network
+        graph = sliced_graph(traced, channels, kept)
+        _prove(network, Network(graph, network.example), graph, channels, kept, seed=0)
+        pruned = _stock(network, graph, channels, kept)
+        if pruned is None:
+            module = _named(graph, traced)
+            pruned = Network(module, network.example, network.name, network.folder)
+        pruned.module.train(network.module.training)
+        return pruned
+
+
+def kept(plan: Plan) -> dict[str, dict[int, tuple[int, ...]]]:
+    """What a plan keeps: parameter name → dimension → positions that stay, over all groups that meet there."""
+    result: dict[str, dict[int, tuple[int, ...]]] = {}
+    for edit in plan.edits:
+        for parameter, dim, left in edit.cuts if isinstance(edit, Slice) else ():
+            dims = result.setdefault(parameter, {})
+            both = set(left) & set(dims.get(dim, left))
+            dims[dim] = tuple(index for index in left if index in both)
+    return result
+
+
+def prove(original: Network, pruned: Network, plan: Plan, seed: int = 0) -> float:
+    """Show that a pruned network equals the masked reference on random inputs.
+
+    Args:
+        original: the network before the plan.
+        pruned: what applying the plan gave, not trained since.
+        plan: its slices are checked; it has no other edits.
+        seed: of the random inputs.
+
+    Returns:
+        The largest difference, relative to the largest output; at most 1e-5.
+
+    Raises:
+        RefusedError: they differ; the message names the first operator that does.
+
+    Cost:
+        One run of the original and one of the pruned network at batch 3.
+    """
+    channels = channel_groups(original.traced)
+    slices = [edit for edit in plan.edits if isinstance(edit, Slice)]
+    atoms_kept = _kept_atoms(slices, channels)
+    graph = sliced_graph(original.traced, channels, atoms_kept)
+    return _prove(original, pruned, graph, channels, atoms_kept, seed)
+
+
+def _prove(
+    original: Network,
+    pruned: Network,
+    graph: fx.GraphModule,
+    channels: Channels,
+    kept: Kept,
+    seed: int,
+) -> float:
+    inputs = random_inputs(original, seed)
+    wanted = masked_outputs(original.traced, channels, kept, inputs)
+    difference = _difference(pruned(inputs), wanted)
+    if difference > TOLERANCE:
+        where = _first_difference(original.traced, graph, channels, kept, inputs)
+        raise RefusedError(
+            f"{original.name}: the pruned network differs from the masked reference by {difference:.1e} (relative); {where}"
+        )
+    return difference
+
+
+def random_inputs(network: Network, seed: int) -> dict[str, Tensor]:
+    """Inputs like the example: normal with its mean and deviation, or drawn from its integers; batch 3 where it is free."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for name, tensor in (
+        network.batch(3).items() if network.traced.batched else network.example.items()
+    ):
+        if tensor.is_floating_point():
+            deviation = tensor.float().std() if tensor.numel() > 1 else torch.tensor(1.0)
+            noise = (
+                torch.randn(tensor.shape, generator=generator) * deviation + tensor.float().mean()
+            )
+            result[name] = noise.to(tensor.dtype)
+        elif tensor.dtype == torch.bool or tensor.max() <= 1:  # masks and types
+            result[name] = tensor
+        else:
+            chosen = torch.randint(tensor.numel(), tensor.shape, generator=generator)
+            result[name] = tensor.flatten()[chosen]
+    return result
+
+
+def _left(axis: Axis, kept: Kept) -> Tensor:
+    return positions(axis, lambda atom: kept[atom] if atom in kept else torch.arange(atom.size))
+
+
+def _kept_atoms(slices: list[Slice], channels: Channels) -> Kept:
+    result: dict[Atom, Tensor] = {}
+    for edit in slices:
+        group = channels.group(edit.group)
+        if group is None or group.size != edit.size:
+            has = (
+                "has no such channel group" if group is None else f"has {group.size} channels there"
+            )
+            raise RefusedError(f"slice {edit.group} of {edit.size} channels: the network {has}")
+        if not edit.kept or edit != Slice.of(group, edit.kept):
+            raise RefusedError(f"slice {edit.group}: its cuts are not those of this network")
+        if len(edit.kept) < group.size:
+            indices = torch.tensor(edit.kept, dtype=torch.int64)
+            if group.atom in result:
+                indices = indices[torch.isin(indices, result[group.atom])]
+            result[group.atom] = indices
+    return result
+
+
+def _difference(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    """The largest difference relative to the largest value; infinity for other shapes or NaN in one alone."""
+    largest = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if not torch.equal(a.isnan(), b.isnan()):
+            return float("inf")
+        same = a == b
+        scale = b.double().nan_to_num(0, 0, 0).abs().max().clamp(min=1e-6) if b.numel() else 1
+        gap = torch.where(same | a.isnan(), 0.0, (a.double() - b.double()).abs() / scale)
+        largest = max(largest, float(gap.max()) if gap.numel() else 0.0)
+    return largest
+
+
+def _first_difference(
+    traced: Traced,
+    graph: fx.GraphModule,
+    channels: Channels,
+    kept: Kept,
+    inputs: Mapping[str, Tensor],
+) -> str:
+    """The first operator whose sliced result is not the kept part of the masked one."""
+    interpreter = fx.Interpreter(graph, garbage_collect_values=False)
+    interpreter.env = {}
+    pairs = zip(graph.graph.nodes, masked_values(traced, channels, kept, inputs), strict=True)
+    with torch.no_grad():
+        for node, (original, masked) in pairs:
+            if node.op == "placeholder":
+                interpreter.env[node] = inputs[str(node.target)]
+                continue
+            try:
+                interpreter.env[node] = found = interpreter.run_node(node)
+            except RuntimeError as error:
+                return f"first at {original.name} ({original.target}): {error}"
+            axes = channels.axes.get(original)
+            if isinstance(masked, Tensor) and isinstance(axes, list):
+                for dim, axis in enumerate(axes):
+                    if any(atom in kept for atom in atoms(axis)):
+                        left = _left(axis, kept)
+                        if masked.shape[dim] != original.meta["val"].shape[dim]:
+                            break
+                        masked = masked.index_select(dim, left)
+                else:
+                    if _difference([found], [masked]) > TOLERANCE:
+                        return f"first at {original.name} ({original.target})"
+    return "though no operator of the traced graph does: the class computes something else"
+
+
+def _stock(
+    network: Network, graph: fx.GraphModule, channels: Channels, kept: Kept
+) -> Network | None:
+    """The user's class with smaller parameters if it computes what the graph does, as it stands and traced."""
+    if isinstance(network.module, fx.GraphModule):
+        return None
+    batches = [random_inputs(network, seed=1), network.example]
+    with torch.no_grad():
+        wanted = [call(graph, inputs) for inputs in batches]
+    for module in stock_modules(network.module, channels, kept):
+        candidate = Network(module, network.example, network.name, network.folder)
+        try:
+            found = [candidate(inputs) for inputs in batches]
+            if not _agree(found, wanted):
+                continue
+            # Some classes take another way while they are traced.
+            with torch.no_grad():
+                found = [call(candidate.traced.module, inputs) for inputs in batches]
+        except Exception:  # the user's code: anything may be raised, and the graph stands in
+            continue
+        if _agree(found, wanted) and candidate.traced.batched == network.traced.batched:
+            return candidate
+    return None
+
+
+def _agree(found: list[tuple[Tensor, ...]], wanted: list[tuple[Tensor, ...]]) -> bool:
+    return all(
+        len(a) == len(b) and _difference(a, b) <= TOLERANCE
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _named(graph: fx.GraphModule, traced: Traced) -> fx.GraphModule:
+    """The graph returning what the user's module did: one tensor, a tuple, or a dict by output name."""
+    output = next(iter(graph.graph.find_nodes(op="output")))
+    values = output.args[0]
+    assert isinstance(values, tuple)
+    if traced.outputs == ("output",):
+        output.args = (values[0],)
+    elif not all(name.startswith("output_") for name in traced.outputs):
+        output.args = (dict(zip(traced.outputs, values, strict=True)),)
+    graph.recompile()
+    return graph
+
+
+__all__ = ["TOLERANCE", "Slice", "kept", "kept_along", "prove", "random_inputs"]

@@ -1,0 +1,146 @@
+"""Operators that contract axes: linear layers, matrix products, convolutions and attention."""
+
+from torch import fx
+
+from tinier.graph.axes import UNIT, Axis, fresh, mark, product, size
+from tinier.graph.rules.base import Axes, Flow, Result, argument, rule
+
+KERNEL = "a kernel's spatial extent"
+SPATIAL = "spatial"
+
+
+@rule("linear")
+def linear(flow: Flow, node: fx.Node) -> Result:
+    """y[…, m] = Σₖ x[…, k] w[m, k] + b[m]."""
+    x, weight = flow.of(node.args[0]), flow.of(node.args[1])
+    bias = flow.of(argument(node, 2, "bias"))
+    flow.same(node, x[-1], weight[-1])
+    if len(weight) == 1:
+        return x[:-1]
+    if bias:
+        flow.same(node, weight[0], bias[0])
+    return [*x[:-1], weight[0]]
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot")
+def matmul(flow: Flow, node: fx.Node) -> Result:
+    """y[…, n, m] = Σₖ a[…, n, k] b[…, k, m]; the leading axes broadcast."""
+    return _matmul(flow, node, flow.of(node.args[0]), flow.of(node.args[1]))
+
+
+@rule("addmm", "baddbmm", "addmv")
+def addmm(flow: Flow, node: fx.Node) -> Result:
+    """A matrix product and something that broadcasts onto it."""
+    result = _matmul(flow, node, flow.of(node.args[1]), flow.of(node.args[2]))
+    flow.broadcast(node, [result, flow.of(node.args[0])], len(result))
+    return result
+
+
+def _matmul(flow: Flow, node: fx.Node, left: Axes, right: Axes) -> Axes:
+    flow.same(node, left[-1], right[-2] if len(right) > 1 else right[-1])
+    leading = flow.broadcast(node, [left[:-2], right[:-2]], max(len(left) - 2, len(right) - 2, 0))
+    _note_heads(flow, node, left, right)
+    return [
+        *leading,
+        *(left[-2:-1] if len(left) > 1 else []),
+        *(right[-1:] if len(right) > 1 else []),
+    ]
+
+
+def _note_heads(flow: Flow, node: fx.Node, left: Axes, right: Axes) -> None:
+    """A product of two activations, batched over more than the batch, is attention: its batch axes are heads."""
+    if len(left) == len(right) == 4 and not flow.fixed(node, 0):
+        for axes in (left, right):
+            mark(axes[1], "head")
+        mark(left[-1], "head_dim")
+        mark(right[-2], "head_dim")
+        flow.heads[node] = (left[1], right[1])
+
+
+@rule("einsum")
+def einsum(flow: Flow, node: fx.Node) -> Result:
+    """Axes with the same letter are the same."""
+    equation = str(node.args[0]).replace(" ", "")
+    operands = [flow.of(source) for source in node.args[1]]  # type: ignore[union-attr]
+    if "." in equation or "->" not in equation:
+        flow.pin_all(node, "an equation with an ellipsis or without '->'")
+        return flow.opaque(node, "an equation with an ellipsis or without '->'")
+    inputs, output = equation.split("->")
+    letters: dict[str, Axis] = {}
+    for names, axes in zip(inputs.split(","), operands, strict=True):
+        for name, axis in zip(names, axes, strict=True):
+            known = letters.get(name, UNIT)
+            if known == UNIT:
+                letters[name] = axis
+            elif axis != UNIT:
+                flow.same(node, known, axis)
+    return [letters[name] for name in output]
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def convolution(flow: Flow, node: fx.Node) -> Result:
+    """y[b, g·o] = Σ x[b, g·c] ∗ w[g·o, c]: groups are the outer factor of both channel axes."""
+    return _convolution(flow, node, int(argument(node, 6, "groups", 1)), False)
+
+
+@rule("convolution", "_convolution")
+def any_convolution(flow: Flow, node: fx.Node) -> Result:
+    """A convolution or its transpose, by an argument."""
+    return _convolution(flow, node, argument(node, 8, "dim"), bool(node.args[6]))
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(flow: Flow, node: fx.Node) -> Result:
+    """As a convolution, with the weight w[g·c, o]."""
+    return _convolution(flow, node, int(argument(node, 6, "groups", 1)), True)
+
+
+def _convolution(flow: Flow, node: fx.Node, groups: int, transposed: bool) -> Axes:
+    x, weight = flow.of(node.args[0]), flow.of(node.args[1])
+    bias = flow.of(argument(node, 2, "bias"))
+    channel = len(x) - len(weight) + 1  # inputs without a batch have their channels first
+    outer = flow.outer[node] = fresh(groups)
+    for axis in weight[2:]:
+        flow.pin(node, axis, KERNEL)
+    for axis in x[channel + 1 :]:
+        flow.pin(node, axis, SPATIAL)
+    if transposed:
+        flow.same(node, weight[0], product(outer, fresh(size(weight[0]) // groups)))
+        flow.same(node, x[channel], weight[0])
+        out = product(outer, weight[1])
+    else:
+        flow.same(node, x[channel], product(outer, weight[1]))
+        out = weight[0]
+        flow.same(node, out, product(outer, fresh(size(out) // groups)))
+    if bias:
+        flow.same(node, out, bias[0])
+    spatial = [flow.pinned(node, dim, SPATIAL) for dim in range(channel + 1, node.meta["val"].ndim)]
+    return [*x[:channel], out, *spatial]
+
+
+@rule("scaled_dot_product_attention")
+def attention(flow: Flow, node: fx.Node) -> Result:
+    """softmax(q kᵀ · scale + mask) v; with grouped queries the query heads are key heads × queries of each."""
+    query, key, value = (flow.of(source) for source in node.args[:3])
+    mask = flow.of(argument(node, 3, "attn_mask"))
+    flow.same(node, query[-1], key[-1])
+    flow.same(node, key[-2], value[-2])
+    mark(query[-1], "head_dim")
+    mark(value[-1], "head_dim")
+    leading = query[:-2]
+    if len(query) > 2:
+        flow.same(node, key[-3], value[-3])
+        heads, few = size(query[-3]), size(key[-3])
+        if heads != few and few > 1:
+            again = fresh(heads // few)
+            mark(again, "repeated")
+            flow.same(node, query[-3], product(key[-3], again))
+            leading = flow.broadcast(node, [query[:-3], key[:-3], value[:-3]], len(query) - 3)
+            leading = [*leading, query[-3]]
+        else:
+            leading = flow.broadcast(node, [query[:-2], key[:-2], value[:-2]], len(query) - 2)
+        mark(query[-3], "head")
+        flow.heads[node] = (query[-3], key[-3])
+    if mask:
+        flow.broadcast(node, [[*leading, query[-2], key[-2]], mask], len(query))
+    return [*leading, query[-2], value[-1]]

@@ -1,0 +1,66 @@
+"""Operators on the spatial dimensions of images and signals."""
+
+from torch import fx
+
+from tinier.graph.axes import fresh, product
+from tinier.graph.rules.base import Axes, Flow, Result, argument, rule
+
+POOLS = """
+max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest _upsample_nearest_exact lp_pool
+"""
+NAMED = """
+upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa grid_sampler_2d
+grid_sampler reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d _adaptive_avg_pool2d
+"""
+SPATIAL = [f"{name}{n}d" for name in POOLS.split() for n in (1, 2, 3)] + NAMED.split()
+
+
+@rule(*SPATIAL)
+def spatial(flow: Flow, node: fx.Node) -> Result:
+    """Channels pass, the spatial dimensions are new."""
+    axes = flow.of(node.args[0])
+    channels = 2 if len(axes) > 2 else 1
+    for axis in axes[channels:]:
+        flow.pin(node, axis, "spatial")
+    return _after(flow, node, axes[:channels])
+
+
+@rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
+def pool_with_indices(flow: Flow, node: fx.Node) -> Result:
+    """As pooling, with the positions as a second result."""
+    axes = flow.of(node.args[0])
+    for axis in axes[2:]:
+        flow.pin(node, axis, "spatial")
+    new = [fresh(dim) if isinstance(dim, int) else fresh(2) for dim in node.meta["val"][0].shape]
+    for axis in new[2:]:
+        flow.pin(node, axis, "spatial")
+    return ([*axes[:2], *new[2:]], [*axes[:2], *new[2:]])
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(flow: Flow, node: fx.Node) -> Result:
+    """Channels are c × r × r; the two r go to the spatial dimensions."""
+    axes = flow.of(node.args[0])
+    factor = argument(node, 1, "factor")
+    shape = flow.shape(node)
+    channels, grid = fresh(shape[-3]), fresh(factor * factor)
+    flow.same(node, axes[-3], product(channels, grid))
+    flow.pin(node, grid, "becomes spatial")
+    for axis in axes[-2:]:
+        flow.pin(node, axis, "spatial")
+    return _after(flow, node, [*axes[:-3], channels])
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(flow: Flow, node: fx.Node) -> Result:
+    """The reverse: channels become c × r × r."""
+    axes = flow.of(node.args[0])
+    factor = argument(node, 1, "factor")
+    grid = fresh(factor * factor)
+    flow.pin(node, grid, "was spatial")
+    return _after(flow, node, [*axes[:-3], product(axes[-3], grid)])
+
+
+def _after(flow: Flow, node: fx.Node, axes: Axes) -> Axes:
+    rank = node.meta["val"].ndim
+    return [*axes, *(flow.pinned(node, dim, "spatial") for dim in range(len(axes), rank))]

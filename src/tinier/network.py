@@ -1,0 +1,98 @@
+"""A network: a module, what goes into it, and the traced graph of what it computes."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinier.errors import ModelError
+from tinier.graph import trace as tracing
+from tinier.graph.trace import Traced
+
+Example = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """An ``nn.Module``, named example inputs and, made when first asked for, the traced graph.
+
+    Attributes:
+        module: runnable and trainable; tinier never changes it, edits make new networks.
+        example: input name → tensor; dimension 0 of each is the batch, 2 or more where the model's batch size is free.
+        name: what tables and files call it.
+        folder: the Hugging Face directory it came from, whose tokenizer and config travel with its artifacts.
+    """
+
+    module: nn.Module
+    example: Mapping[str, Tensor]
+    name: str = "model"
+    folder: Path | None = field(default=None)
+
+    @cached_property
+    def traced(self) -> Traced:
+        """The graph in evaluation mode, its parameters copied; made once."""
+        return tracing.trace(self.module, self.example)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Outputs in evaluation mode, without gradients, flattened to a tuple of tensors."""
+        with tracing.evaluating(self.module), torch.no_grad():
+            return tracing.call(self.module, inputs)
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        """The example repeated or cut to a batch of ``size``."""
+        return {
+            name: tensor.repeat(-(-size // len(tensor)), *[1] * (tensor.ndim - 1))[:size]
+            for name, tensor in self.example.items()
+        }
+
+    def copy(self) -> "Network":
+        """The same network with a module of its own."""
+        return Network(copy.deepcopy(self.module), self.example, self.name, self.folder)
+
+
+def name_inputs(module: nn.Module, example: Example) -> dict[str, Tensor]:
+    """Example inputs by name: the names that the module's ``forward`` gives its positional arguments.
+
+    Args:
+        module: the network.
+        example: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Returns:
+        input name → tensor.
+
+    Raises:
+        ModelError: more inputs than ``forward`` takes, or an unknown name.
+    """
+    parameters: dict[str, Any] = dict(signature(module.forward).parameters)
+    positional = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if isinstance(example, Mapping):
+        named = dict(example)
+        takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
+        unknown = [name for name in named if name not in parameters and not takes_any]
+        if unknown:
+            raise ModelError(
+                f"{type(module).__name__}.forward has no input {', '.join(unknown)}; "
+                f"it takes {', '.join(positional)}"
+            )
+    else:
+        values = [example] if isinstance(example, Tensor) else list(example)
+        if len(values) > len(positional):
+            raise ModelError(
+                f"the example has {len(values)} inputs, but {type(module).__name__}.forward takes "
+                f"{len(positional)}: {', '.join(positional)}"
+            )
+        named = dict(zip(positional, values, strict=False))
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise ModelError(f"example input {name}: {type(value).__name__}, a tensor is needed")
+    return named

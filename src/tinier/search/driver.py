@@ -1,0 +1,216 @@
+"""The search: cost first, quality second, proof last (see ``docs/search.md``)."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tinier.errors import RefusedError
+from tinier.measure.latency import interleaved
+from tinier.measure.memory import peak_memory
+from tinier.progress import Progress
+from tinier.search.candidate import Candidate, Limits, Variant, beats
+from tinier.search.judge import Judge
+from tinier.search.workshop import Workshop
+
+KEEPS = (0.75, 0.5, 0.25)  # shares of the MACs that pruning is tried at
+RANGES = ("minmax", "mse")
+RESERVE = 0.25  # share of the budget kept from training for measuring and certifying
+
+
+@dataclass
+class Search:
+    """One search over variants × runtimes under limits.
+
+    Attributes:
+        workshop: builds the candidates.
+        judge: quality on the search part of the data, against the original.
+        limits: what was asked.
+        deadline: ``time.monotonic()`` at which the time is up.
+    """
+
+    workshop: Workshop
+    judge: Judge
+    limits: Limits
+    deadline: float
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.table: list[Candidate] = []
+        self.interrupted = False
+        self.started = time.monotonic()
+
+    def run(self) -> list[Candidate]:
+        """Every candidate with what was measured of it; Ctrl-C ends the search early and keeps what there is."""
+        with self._until_interrupted():
+            self._originals()
+            self._costs()
+            self._gate()
+            self._qualities(trained=False)
+            self._recover()
+            self._qualities(trained=True)
+            self._final_measurements()
+        return self.table
+
+    # Cost -------------------------------------------------------------------------------------------------------------
+
+    def _originals(self) -> None:
+        """The float network on every runtime: what everything else is compared with."""
+        targets = self.workshop.targets
+        with self.progress.task("original on every runtime", len(targets)) as step:
+            for target in targets:
+                candidate = Candidate(Variant(), target, original=True)
+                self.table.append(candidate)
+                self.workshop.lower(candidate)
+                step.add()
+
+    def _costs(self) -> None:
+        """Lower every variant to every runtime and time them all in one interleaved run, before anything is spent on quality."""
+        targets = self.workshop.targets
+        variants = [Variant(ranges=RANGES[0])]
+        for keep in KEEPS:
+            variants += [Variant(keep), Variant(keep, RANGES[0])]
+        with self.progress.task("building candidates", len(variants) * len(targets)) as step:
+            for variant in variants:
+                for target in targets:
+                    candidate = Candidate(variant, target)
+                    self.table.append(candidate)
+                    if time.monotonic() > self.started + (1 - RESERVE) * self._budget:
+                        candidate.drop("not tried: the time budget was used up")
+                    else:
+                        self.workshop.lower(candidate)
+                    step.add()
+        self._time([c for c in self.table if c.status == "waiting"], share=0.05)
+
+    def _time(self, candidates: Sequence[Candidate], share: float) -> None:
+        if not candidates:
+            return
+        seconds = min(max(2.0, share * self._budget), 1.0 * len(candidates))
+        inputs = {
+            name: value.numpy() for name, value in self.workshop.inputs(self.workshop.batch).items()
+        }
+        with self.progress.task("timing, interleaved", seconds) as step:
+            sessions = {str(i): self.workshop.session(c) for i, c in enumerate(candidates)}
+            timed = interleaved(
+                sessions, inputs, seconds=seconds, seed=self.workshop.seed, progress=step
+            )
+        for index, candidate in enumerate(candidates):
+            candidate.latency = timed[str(index)]
+
+    def _gate(self) -> None:
+        """Drop what costs at least what the original costs on its best runtime, what breaks a limit, and the slower runtimes."""
+        originals = [c for c in self.table if c.original and c.latency]
+        best = min(originals, key=_milliseconds)
+        smallest = min(c.size or 0 for c in originals)
+        for candidate in self._waiting():
+            assert candidate.latency is not None and candidate.size is not None
+            ms = candidate.latency.median
+            slower = candidate.latency.low >= best.latency.median  # type: ignore[union-attr]
+            if not candidate.original and slower and candidate.size >= smallest:
+                candidate.drop(
+                    f"neither faster nor smaller than the original on {best.target} "
+                    f"({ms:.3g} against {_milliseconds(best):.3g} ms)"
+                )
+            elif self.limits.max_latency and ms > self.limits.max_latency:
+                candidate.drop(f"{ms:.3g} ms is over the limit of {self.limits.max_latency:g} ms")
+            elif self.limits.max_size and candidate.size > self.limits.max_size:
+                candidate.drop(
+                    f"{candidate.size:,} bytes are over the limit of {self.limits.max_size:,}"
+                )
+        for candidate in self._waiting():
+            rivals = [c for c in self._waiting() if c.variant == candidate.variant]
+            fastest = min(rivals, key=_milliseconds)
+            if fastest is not candidate:
+                times = _milliseconds(candidate) / _milliseconds(fastest)
+                candidate.drop(f"the same network is {times:.1f}× as fast on {fastest.target}")
+        for candidate in self._waiting():
+            if candidate.variant.ranges:
+                twin = Candidate(Variant(candidate.variant.keep, RANGES[1]), candidate.target)
+                twin.latency = candidate.latency
+                self.table.append(twin)
+
+    # Quality ----------------------------------------------------------------------------------------------------------
+
+    def _qualities(self, trained: bool) -> None:
+        """Quality on the search part, a cheap first look before the whole."""
+        training = self.workshop.train is not None
+        todo = [
+            c
+            for c in self._waiting()
+            if c.loss is None and (c.recovered if trained else c.variant.keep == 1 or not training)
+        ]
+        with self.progress.task("quality on the search part", len(todo)) as step:
+            for candidate in todo:
+                self._quality(candidate)
+                step.add()
+
+    def _quality(self, candidate: Candidate) -> None:
+        # A twin shares the cost of its sibling, a recovered network has new weights: both need artifacts of their own.
+        if candidate.artifact is None or candidate.recovered:
+            self.workshop.lower(candidate)
+        if candidate.status == "dropped":
+            return
+        reason = self.judge.look(candidate, self.workshop.session(candidate), self.limits.max_drop)
+        if reason:
+            candidate.drop(reason)
+
+    def _recover(self) -> None:
+        """Share the time that is left among the pruned networks that passed the gate and train each."""
+        if self.workshop.train is None:
+            return
+        keeps = sorted({c.variant.keep for c in self._waiting() if c.variant.keep < 1})
+        for index, keep in enumerate(keeps):
+            left = self.deadline - time.monotonic() - RESERVE * self._budget
+            seconds = left / (len(keeps) - index)
+            mine = [c for c in self._waiting() if c.variant.keep == keep]
+            if seconds < 2:
+                for candidate in mine:
+                    candidate.drop("not recovered: the time budget was used up")
+                continue
+            try:
+                self.workshop.recover(keep, seconds)
+            except RefusedError as error:
+                for candidate in mine:
+                    candidate.drop(str(error))
+                continue
+            for candidate in mine:
+                candidate.recovered = True
+
+    # Proof ------------------------------------------------------------------------------------------------------------
+
+    def _final_measurements(self) -> None:
+        """Time the front and the originals again, together and longer, and measure peak memory in fresh processes."""
+        kept = [c for c in self.table if c.original and c.artifact]
+        measured = [c for c in self._waiting() if c.coordinates]
+        kept += [c for c in measured if not c.original and not any(beats(o, c) for o in measured)]
+        self._time(kept, share=0.08)
+        with self.progress.task("peak memory, each in a fresh process", len(kept)) as step:
+            for candidate in kept:
+                assert candidate.artifact is not None
+                inputs = {
+                    k: v.numpy() for k, v in self.workshop.inputs(self.workshop.batch).items()
+                }
+                candidate.memory = peak_memory(
+                    candidate.target, candidate.artifact.files[0], inputs, self.workshop.threads
+                )
+                step.add()
+
+    def _waiting(self) -> list[Candidate]:
+        return [c for c in self.table if c.status == "waiting"]
+
+    @property
+    def _budget(self) -> float:
+        return self.deadline - self.started
+
+    @contextmanager
+    def _until_interrupted(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self.progress.say("interrupted: ending with the best so far")
+
+
+def _milliseconds(candidate: Candidate) -> float:
+    assert candidate.latency is not None
+    return candidate.latency.median

@@ -1,0 +1,142 @@
+"""Where candidates are built: each variant of the network once, each of its artifacts once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from tinier.data.base import Examples
+from tinier.edits.base import Plan
+from tinier.errors import RefusedError
+from tinier.measure.parity import parity
+from tinier.methods.channel_pruning import ChannelPruning
+from tinier.methods.static_quantization import StaticQuantization
+from tinier.network import Network
+from tinier.progress import Progress
+from tinier.recovery.loop import recover
+from tinier.search.candidate import Candidate, Variant
+from tinier.statistics import Statistics, collect
+from tinier.targets.base import Session, Target
+
+CALIBRATION = 512  # examples from which ranges are taken
+BATCH = 64  # examples a step while calibrating
+
+
+@dataclass
+class Workshop:
+    """Builds variants from one original and lowers them; everything is made once and kept.
+
+    Attributes:
+        original: the network as the user brought it.
+        calibration: examples for the quantization ranges, never those of the certificate.
+        train: examples for recovery, or None.
+        targets: the runtimes, by name.
+        folder: where artifacts are written.
+        threads: of every session.
+        batch: the batch size that is timed.
+        saturation_free: shrink weights that would saturate the kernels of a CPU without VNNI.
+        seed: of everything random.
+    """
+
+    original: Network
+    calibration: Examples
+    train: Examples | None
+    targets: dict[str, Target]
+    folder: Path
+    threads: int
+    batch: int
+    saturation_free: bool
+    seed: int
+    progress: Progress
+    _pruned: dict[float, tuple[Network, Plan]] = field(default_factory=dict)
+    _statistics: dict[float, Statistics] = field(default_factory=dict)
+    _networks: dict[Variant, tuple[Network, Plan]] = field(default_factory=dict)
+    _sessions: dict[tuple[Variant, str], Session] = field(default_factory=dict)
+
+    def pruned(self, keep: float) -> tuple[Network, Plan]:
+        """The float network with ``keep`` of its MACs, and the plan that made it; trained if ``recover`` was called.
+
+        Raises:
+            RefusedError: the network cannot be pruned that far.
+        """
+        if keep not in self._pruned:
+            plan = Plan() if keep == 1 else ChannelPruning(keep=keep).plan(self.original)
+            network = self.original if keep == 1 else plan.apply(self.original)
+            self._pruned[keep] = (network, plan)
+        return self._pruned[keep]
+
+    def build(self, variant: Variant) -> tuple[Network, Plan]:
+        """The network of a variant and the plan from the original to it.
+
+        Raises:
+            RefusedError: a method cannot take the network.
+        """
+        if variant not in self._networks:
+            network, plan = self.pruned(variant.keep)
+            if variant.ranges:
+                if variant.keep not in self._statistics:
+                    self._statistics[variant.keep] = collect(network, self._calibration())
+                method = StaticQuantization(
+                    ranges=variant.ranges, saturation_free=self.saturation_free
+                )
+                quantization = method.plan(network, self._statistics[variant.keep])
+                network, plan = quantization.apply(network), plan + quantization
+            self._networks[variant] = (network, plan)
+        return self._networks[variant]
+
+    def lower(self, candidate: Candidate) -> None:
+        """Write the candidate's artifact and prove that it computes what the network does; a refusal drops the candidate."""
+        target = self.targets[candidate.target]
+        try:
+            network, _ = self.build(candidate.variant)
+            refusal = target.refuses(network)
+            if refusal:
+                candidate.drop(f"{candidate.target} cannot take it: {refusal}")
+                return
+            folder = self.folder / candidate.variant.slug / candidate.target
+            folder.mkdir(parents=True, exist_ok=True)
+            candidate.artifact = target.lower(network, folder)
+            session = target.open(candidate.artifact.files[0], self.threads)
+        except RefusedError as error:
+            candidate.drop(str(error))
+            return
+        self._sessions[candidate.variant, candidate.target] = session
+        sizes = (1, 8) if network.traced.batched else (len(next(iter(network.example.values()))),)
+        candidate.parity = parity(network, session, [self.inputs(size) for size in sizes])
+        if not candidate.parity.passed:
+            candidate.drop(f"differs from its simulation: {candidate.parity.reason}")
+
+    def session(self, candidate: Candidate) -> Session:
+        """The open session of a lowered candidate."""
+        return self._sessions[candidate.variant, candidate.target]
+
+    def inputs(self, size: int) -> dict[str, Tensor]:
+        """The first ``size`` calibration examples: real inputs, so that data-dependent speed is the real one."""
+        rows = [i % len(self.calibration) for i in range(size)]
+        inputs, _ = next(self.calibration.subset(rows).batches(size))
+        return inputs
+
+    def recover(self, keep: float, seconds: float) -> None:
+        """Train the pruned network to answer as the original does; what was built from it is built anew when next asked for."""
+        assert self.train is not None
+        network, plan = self.pruned(keep)
+        with self.progress.task(f"recovering {Variant(keep).name}", seconds) as step:
+            recovered = recover(
+                network,
+                self.original,
+                self.train,
+                seconds=seconds,
+                seed=self.seed,
+                progress=step,
+            )
+        self._pruned[keep] = (recovered.network, plan)
+        self._statistics.pop(keep, None)
+        for variant in [v for v in self._networks if v.keep == keep]:
+            del self._networks[variant]
+
+    def _calibration(self) -> Iterator[dict[str, Tensor]]:
+        size = BATCH if self.original.traced.batched else len(self.inputs(1))
+        rows = range(min(CALIBRATION, len(self.calibration)))
+        for inputs, _ in self.calibration.subset(rows).batches(size):
+            yield inputs

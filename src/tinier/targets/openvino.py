@@ -1,0 +1,106 @@
+"""OpenVINO on the CPU: an IR (.xml and .bin), with the file names that optimum-intel loads."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from tinier.errors import RefusedError
+from tinier.network import Network
+from tinier.targets.base import (
+    Artifact,
+    Input,
+    Session,
+    Target,
+    as_arrays,
+    damaged,
+    invented,
+    onnx_files,
+    readable,
+)
+from tinier.targets.onnx_file import write_onnx
+
+KIND = "an OpenVINO model (.xml with its .bin, or .onnx)"
+
+
+class OpenVino(Target):
+    """``openvino_model.xml`` and ``openvino_model.bin``, run by the CPU plugin."""
+
+    name: ClassVar[str] = "openvino"
+    package: ClassVar[str] = "openvino"
+    extra: ClassVar[str] = "openvino"
+    suffix: ClassVar[str] = ".xml"
+
+    def lower(self, network: Network, folder: Path, onnx_file: Path | None = None) -> Artifact:
+        # read_model, not convert_model: that one sends telemetry.
+        import openvino
+
+        file = folder / "openvino_model.xml"
+        with tempfile.TemporaryDirectory() as scratch:
+            if onnx_file is None:
+                onnx_file = Path(scratch) / "model.onnx"
+                write_onnx(network, onnx_file)
+            try:
+                model = openvino.Core().read_model(onnx_file)
+            except RuntimeError as error:
+                first = str(error).strip().splitlines()[-1]
+                raise RefusedError(f"openvino cannot take {network.name}: {first}") from error
+            openvino.save_model(model, file, compress_to_fp16=False)
+            del model  # it maps the temporary file, which Windows would then not delete
+        return Artifact.of(self.name, file, file.with_suffix(".bin"))
+
+    def open(self, file: Path, threads: int) -> Session:
+        self.files(file)
+        return OpenVinoSession(file, threads)
+
+    def files(self, file: Path) -> tuple[Path, ...]:
+        if file.suffix == ".onnx":
+            return onnx_files(file)
+        readable(file, KIND)
+        weights = file.with_suffix(".bin")
+        return (file, readable(weights, f"the weights of {file.name}"))
+
+    def usage(self, artifact: Artifact, network: Network) -> str:
+        return "\n".join(
+            [
+                "import numpy as np, openvino",
+                f'model = openvino.Core().compile_model("{artifact.files[0].name}", "CPU")',
+                f"print(list(model({invented(network)}).values()))",
+            ]
+        )
+
+
+class OpenVinoSession(Session):
+    """A compiled model and one inference request."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        import openvino
+
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            # CPUs with bfloat16 units would otherwise compute float networks in bfloat16.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        try:
+            model = openvino.Core().read_model(file)
+            compiled = openvino.Core().compile_model(model, "CPU", settings)
+            self._request = compiled.create_infer_request()
+            self.inputs = tuple(
+                Input(
+                    port.any_name,
+                    tuple(None if n.is_dynamic else n.get_length() for n in port.partial_shape),
+                    np.dtype(port.element_type.to_dtype()),
+                )
+                for port in compiled.inputs
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise damaged(file, KIND, error) from error
+        self.threads = threads
+        self._outputs = list(compiled.outputs)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        results = self._request.infer(dict(inputs), share_inputs=True)
+        return as_arrays(results[port] for port in self._outputs)

@@ -1,0 +1,179 @@
+"""Whether a result folder still holds: its files, what its artifact answers, and what that proves."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinier.data.base import Examples
+from tinier.data.read import read
+from tinier.data.split import split
+from tinier.errors import DataError, InputError
+from tinier.measure.machine import default_threads
+from tinier.measure.metrics import metric as metric_of
+from tinier.measure.quality import evaluate
+from tinier.progress import Progress, Silent
+from tinier.report.folder import CERTIFICATE, SCORES, sha256
+from tinier.search.certificate import certify
+from tinier.search.parts import shuffled
+from tinier.targets.base import known_targets, targets_for
+
+TOLERANCE = 0.002  # share of examples whose score may differ between two CPUs, whose kernels round differently
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked.
+
+    Attributes:
+        what: what was checked.
+        holds: whether it holds; None when it could not be checked.
+        detail: what was found.
+    """
+
+    what: str
+    holds: bool | None
+    detail: str
+
+
+def verify(
+    folder: str | Path,
+    *,
+    data: Any = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Check]:
+    """Check a result folder: hashes of its files, hash of the data, the artifact's answers, and the certificate recomputed from them.
+
+    Args:
+        folder: what ``compress`` wrote.
+        data: where the certification data are now; where they were, if None.
+        threads: of the runtime.
+        progress: receives what happens.
+
+    Returns:
+        The checks; the result holds if none of them is False.
+
+    Raises:
+        InputError: the folder is not a result, or its certificate cannot be read.
+        DataError: the data cannot be read.
+        MissingError: the artifact's runtime is not installed.
+
+    Cost:
+        One run of the artifact over the certification examples.
+    """
+    folder = Path(folder)
+    progress = progress or Silent()
+    record = _record(folder)
+    checks = [_file(folder, name, digest) for name, digest in record["files"].items()]
+    if not all(check.holds for check in checks):
+        return checks  # nothing that was tampered with is opened
+    artifact = folder / _plain(record["artifact"][0])
+    target = targets_for(record["target"])[0]
+    session = target.open(artifact, threads or default_threads())
+    checks.append(Check("artifact opens", True, f"{artifact.name} on {record['target']}"))
+    if record["certificate"] is None:
+        checks.append(Check("certificate", None, record["statement"]))
+        return checks
+
+    unseen = _certification(record, folder, data)
+    digest = unseen.digest()
+    same = digest == record["data"]["certify"]["sha256"]
+    checks.append(Check("certification data", same, digest[:16]))
+    if not same:
+        return checks
+    with np.load(folder / SCORES, allow_pickle=False) as stored:
+        original, before = stored["original"], stored["artifact"]
+        reference = [stored["reference"]] if "reference" in stored else None
+    metric = metric_of(record["metric"], unseen.labelled)
+    with progress.task("running the artifact", len(unseen)) as step:
+        quality = evaluate(session.run, unseen, metric, batch=record["data"]["batch"], reference=reference, progress=step)
+    if quality.scores is None or len(quality.scores) != len(before):
+        raise InputError(f"{folder / SCORES} does not fit the certification data")
+    now = quality.scores
+    differing = float((now != before).mean())
+    checks.append(
+        Check(
+            "scores",
+            differing <= TOLERANCE,
+            f"{metric.name} {now.mean():.4f}, recorded {before.mean():.4f}; {differing:.2%} of the scores differ",
+        )
+    )
+    proof = record["certificate"]
+    again = certify(
+        original,
+        now,
+        bounds=metric.bounds or (0.0, 1.0),
+        limit=proof["limit"],
+        delta=proof["delta"],
+        higher_is_better=metric.higher_is_better,
+    )
+    holds = again.bound <= proof["bound"] + 1e-9 or bool(again.holds and proof["holds"])
+    checks.append(
+        Check(
+            "certificate", holds, f"loss at most {again.bound:.4g}, recorded {proof['bound']:.4g}"
+        )
+    )
+    return checks
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    file = folder / CERTIFICATE
+    if not file.is_file():
+        raise InputError(f"{folder} is not a result of tinier: it has no {CERTIFICATE}")
+    try:
+        record = json.loads(file.read_text())
+        needed = {
+            "files",
+            "artifact",
+            "target",
+            "certificate",
+            "data",
+            "metric",
+            "inputs",
+            "statement",
+        }
+        missing = needed - record.keys()
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        if record["target"] not in known_targets():
+            raise ValueError(f"unknown target {record['target']!r}")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    return record
+
+
+def _plain(name: str) -> str:
+    """A file name that stays inside its folder."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise InputError(f"{CERTIFICATE} names {name!r}, which is not a file of the folder")
+    return name
+
+
+def _file(folder: Path, name: str, digest: str) -> Check:
+    file = folder / _plain(name)
+    if not file.is_file():
+        return Check(name, False, "the file is missing")
+    now = sha256(file)
+    return Check(name, now == digest, now[:16] if now == digest else "the file has changed")
+
+
+def _certification(record: dict[str, Any], folder: Path, data: Any) -> Examples:
+    """The certification part, read and split as it was."""
+    part = record["data"]["certify"]
+    spec = data if data is not None else part["origin"]
+    if not spec:
+        raise DataError("the data were Python objects; say where they are now: --data")
+    example = {
+        name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        for name, entry in record["inputs"].items()
+    }
+    tokenizer = folder if (folder / "config.json").is_file() else None
+    examples = read(spec, example, tokenizer_folder=tokenizer, **record["data"]["options"])
+    fractions, seed = record["data"]["split"], record["data"]["seed"]
+    if fractions:
+        examples = split(examples, fractions, seed)[1]
+    return shuffled(examples, seed)

@@ -1,0 +1,106 @@
+"""ONNX files: what is in them, what is not, and what cannot be written."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from networks import build, inputs
+from torch import Tensor, nn
+
+from tinier.errors import RefusedError
+from tinier.methods.static_quantization import StaticQuantization
+from tinier.network import Network
+from tinier.statistics import collect
+from tinier.targets.onnx_file import write_onnx
+
+
+def run(path: Path, batch: dict[str, Tensor]) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {name: value.numpy() for name, value in batch.items()})
+
+
+def assert_clean(path: Path) -> onnx.ModelProto:
+    """Standard operators, and nothing of this machine."""
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version <= 21) for entry in model.opset_import] == [("", True)]
+    content = path.read_bytes()
+    for trace in (b".py", b"site-packages", str(Path.home()).encode(), b"pkg.torch", b"/work"):
+        assert trace not in content, trace
+    assert not model.metadata_props and not model.graph.metadata_props and not model.functions
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    return model
+
+
+def test_float_network(tmp_path: Path) -> None:
+    network = build("residual_cnn")
+    path = tmp_path / "float.onnx"
+    write_onnx(network, path)
+    model = assert_clean(path)
+    assert [value.name for value in model.graph.input] == ["x"]
+    assert [value.name for value in model.graph.output] == ["output"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert model.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    operators = [node.op_type for node in model.graph.node]
+    assert "GlobalAveragePool" in operators and "ReduceMean" not in operators
+    for size in (1, 5):
+        batch = inputs("residual_cnn", size)
+        assert np.allclose(run(path, batch)[0], network(batch)[0].numpy(), atol=1e-4)
+    first = path.read_bytes()
+    write_onnx(network.copy(), path)
+    assert path.read_bytes() == first, "equal networks give equal files"
+
+
+def test_quantized_network(tmp_path: Path) -> None:
+    network = build("residual_cnn")
+    data = [inputs("residual_cnn", 8, seed) for seed in (1, 2)]
+    result = StaticQuantization().plan(network, collect(network, data)).apply(network)
+    write_onnx(network, tmp_path / "float.onnx")
+    write_onnx(result, tmp_path / "integers.onnx")
+    model = assert_clean(tmp_path / "integers.onnx")
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = [name for name in tensors if name.endswith("weight_integers")]
+    assert len(weights) == 9
+    assert all(tensors[name].data_type == onnx.TensorProto.INT8 for name in weights)
+    large = [
+        t for t in tensors.values() if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1
+    ]
+    assert not large, "no float weights stay in the file"
+    names = [name for node in model.graph.node for name in [*node.input, *node.output]]
+    assert not any(
+        name.startswith("val_")
+        for n in model.graph.node
+        if "Linear" in n.op_type
+        for name in n.input
+    )
+    assert "x_quantized" in names and "x_scale" in names
+
+
+def test_fixed_batch_and_named_outputs(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.fc(x) + y, "twice": y * 2}
+
+    network = Network(Two(), {"x": torch.randn(1, 4), "y": torch.randn(1, 3)})
+    write_onnx(network, tmp_path / "two.onnx")
+    model = assert_clean(tmp_path / "two.onnx")
+    assert [value.name for value in model.graph.input] == ["x", "y"]
+    assert [value.name for value in model.graph.output] == ["logits", "twice"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+
+
+def test_what_onnx_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    class Bessel(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(RefusedError, match="bessel_j0"):
+        write_onnx(Network(Bessel(), {"x": torch.randn(2, 3)}), tmp_path / "no.onnx")
+    assert not (tmp_path / "no.onnx").exists()
