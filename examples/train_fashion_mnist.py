@@ -64,7 +64,8 @@ def main() -> None:
     np.savez_compressed(arguments.out / "train.npz", x=images[order], y=labels[order])
     np.savez_compressed(arguments.out / "test.npz", x=test_images, y=test_labels)
 
-    model = ResNet20().to(memory_format=torch.channels_last)
+    model = ResNet20()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.from_numpy(images)[:, None].float() / 255
     y = torch.from_numpy(labels).long()
     batch = 128
@@ -72,7 +73,7 @@ def main() -> None:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": 5e-4}, {"params": others}],
+        [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}],
         lr=0.2,
         momentum=0.9,
         nesterov=True,

@@ -1,5 +1,7 @@
 """Affine quantization against its formula, and the proof against saturation against 16-bit arithmetic."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -69,7 +71,7 @@ def test_each_bit_halves_the_error() -> None:
         integers = Integers.unsigned(bits)
         scale, zero_point = asymmetric(x.min(), x.max(), integers)
         errors.append((fake_quantize(x, scale, zero_point, integers) - x).abs().mean().item())
-    ratios = [a / b for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    ratios = [a / b for a, b in pairwise(errors)]
     assert all(1.8 < ratio < 2.3 for ratio in ratios), ratios
     assert errors[-1] < 1e-5
 
@@ -150,10 +152,10 @@ def test_repaired_weights_never_saturate(shape: tuple[int, ...]) -> None:
     assert bool((pair_sums(q) <= PAIR_LIMIT).all())
     for rows in (q.flatten(1), q.movedim(1, -1).flatten(1)):
         for row in rows.tolist():
-            for pair in zip(row[:-1], row[1:], strict=True):
+            for pair in pairwise(row):
                 for a in ([255, 255], [255, 0], [0, 255]):
                     exact = a[0] * pair[0] + a[1] * pair[1]
-                    assert saturating_pair(a, list(pair)) == exact
+                    assert saturating_pair(a, [*pair]) == exact
     kept = [channel for channel in range(shape[0]) if channel not in repaired]
     assert torch.equal(after[kept], before[kept])
     assert bool((after[list(repaired)] > before[list(repaired)]).all())

@@ -43,9 +43,7 @@ def test_power_at_the_textbook_case() -> None:
     certified = 0
     for _ in range(100):
         original, artifact = scores(flips(random, 2500, 0.01, 0.01))
-        certified += bool(
-            certify(original, artifact, bounds=(0, 1), limit=0.01, delta=DELTA).holds
-        )
+        certified += bool(certify(original, artifact, bounds=(0, 1), limit=0.01, delta=DELTA).holds)
     assert certified >= 80
 
 
@@ -95,5 +93,8 @@ def test_needed_examples_are_enough() -> None:
 
 def test_more_examples_bound_tighter() -> None:
     one = np.array([1.0] + [0.5] * 99)
-    bounds = [upper_bound(np.random.default_rng(5).permutation(np.tile(one, k)), DELTA) for k in (2, 10, 50)]
+    bounds = [
+        upper_bound(np.random.default_rng(5).permutation(np.tile(one, k)), DELTA)
+        for k in (2, 10, 50)
+    ]
     assert bounds[0] > bounds[1] > bounds[2] > one.mean()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from tinier.data.base import Arrays, Examples
 from tinier.data.check import check
 from tinier.data.python import import_function
-from tinier.data.read import peek, read
+from tinier.data.read import read
 from tinier.data.split import split
 from tinier.errors import DataError
 from tinier.network import Network
@@ -396,15 +396,6 @@ def test_arrays_in_python() -> None:
         np.testing.assert_array_equal(inputs["x"], x)
         assert labels is not None and labels.tolist() == [0, 1, 2]
     assert not read(x, VECTOR).labelled
-
-
-def test_the_first_examples_are_an_example() -> None:
-    x = numbers(3, 4).astype(np.float64)
-    example = peek((x, np.arange(3)), ["x"])
-    assert example["x"].dtype == torch.float32 and example["x"].shape == (2, 4)
-    assert peek(np.zeros((3, 8, 8), np.uint8), ["x"])["x"].dtype == torch.float32
-    with pytest.raises(DataError, match="give example="):
-        peek("data.csv", ["x"])
 
 
 def test_bad_python() -> None:

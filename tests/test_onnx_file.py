@@ -7,9 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import build, inputs
 from torch import Tensor, nn
 
+from networks import build, inputs
 from tinier.errors import RefusedError
 from tinier.methods.static_quantization import StaticQuantization
 from tinier.network import Network

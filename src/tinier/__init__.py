@@ -1,5 +1,27 @@
 """tinier makes a trained neural network smaller and faster, and proves what it cost."""
 
+from tinier.compress import compress
+from tinier.errors import TinierError
+from tinier.inspect import inspect
+from tinier.measure.files import measure_files as measure
+from tinier.search.candidate import Result
+from tinier.verbs import Smaller, export, load, prune, quantize, recover, save
+from tinier.verify import verify
 from tinier.version import VERSION as __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "Result",
+    "Smaller",
+    "TinierError",
+    "__version__",
+    "compress",
+    "export",
+    "inspect",
+    "load",
+    "measure",
+    "prune",
+    "quantize",
+    "recover",
+    "save",
+    "verify",
+]

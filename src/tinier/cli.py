@@ -14,8 +14,9 @@ from tinier.compress import compress as run_compress
 from tinier.demo.run import demo as run_demo
 from tinier.errors import TinierError
 from tinier.inspect import inspect as run_inspect
-from tinier.measure.files import measure_files
+from tinier.measure.files import MeasuredFile, measure_files
 from tinier.measure.machine import machine
+from tinier.report import words
 from tinier.report.rows import rows, summary
 from tinier.report.terminal import Bars, show
 from tinier.search.candidate import Result
@@ -36,7 +37,8 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on standard output.")]
 Threads = Annotated[
-    int | None, typer.Option(help="Threads of the runtimes; the cores of this machine if not given.")
+    int | None,
+    typer.Option(help="Threads of the runtimes; the cores of this machine if not given."),
 ]
 Batch = Annotated[int, typer.Option(help="Batch size that is timed.")]
 
@@ -44,7 +46,10 @@ Batch = Annotated[int, typer.Option(help="Batch size that is timed.")]
 @app.command()
 def compress(
     model: Annotated[
-        str, typer.Argument(help="An ONNX file, a Hugging Face directory, or module:function that gives an nn.Module.")
+        str,
+        typer.Argument(
+            help="An ONNX file, a Hugging Face directory, or module:function that gives an nn.Module."
+        ),
     ],
     data: Annotated[
         str,
@@ -60,20 +65,22 @@ def compress(
     max_drop: Annotated[
         str | None, typer.Option(help="Greatest loss of the metric, such as 1% or 0.01.")
     ] = None,
-    max_latency: Annotated[
-        str | None, typer.Option(help="Greatest latency, such as 5ms.")
-    ] = None,
+    max_latency: Annotated[str | None, typer.Option(help="Greatest latency, such as 5ms.")] = None,
     max_size: Annotated[str | None, typer.Option(help="Greatest size, such as 4MB.")] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="cpu (all installed runtimes, the fastest wins) or a runtime; may be repeated."),
+        typer.Option(
+            help="cpu (all installed runtimes, the fastest wins) or a runtime; may be repeated."
+        ),
     ] = None,
     budget: Annotated[str, typer.Option(help="Time to spend, such as 90s or 10m.")] = "10m",
     train: Annotated[
-        str | None, typer.Option(help="Examples to recover pruned networks with; nothing is trained without.")
+        str | None,
+        typer.Option(help="Examples to recover pruned networks with; nothing is trained without."),
     ] = None,
     certify: Annotated[
-        str | None, typer.Option(help="Examples for the certificate alone; 70 % of the data if not given.")
+        str | None,
+        typer.Option(help="Examples for the certificate alone; 70 % of the data if not given."),
     ] = None,
     batch: Batch = 1,
     threads: Threads = None,
@@ -81,8 +88,12 @@ def compress(
         float, typer.Option(help="Greatest probability that the certificate is wrong.")
     ] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the split, the training and the timing order.")] = 0,
-    mean: Annotated[str | None, typer.Option(help="Mean of each image channel in [0, 1], by comma.")] = None,
-    std: Annotated[str | None, typer.Option(help="Deviation of each image channel, by comma.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Mean of each image channel in [0, 1], by comma.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="Deviation of each image channel, by comma.")
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens at which texts are cut.")] = 128,
     as_json: Json = False,
 ) -> None:
@@ -116,7 +127,9 @@ def compress(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")] = Path(
+        "demo-out"
+    ),
     budget: Annotated[str, typer.Option(help="Time to spend.")] = "3m",
     as_json: Json = False,
 ) -> None:
@@ -155,20 +168,49 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Time files against each other, interleaved, and measure their size and peak memory."""
-    table = _guarded(
-        lambda bars: measure_files(
-            files, batch=batch, threads=threads, seconds=seconds, shapes=_shapes(shape), progress=bars
-        )
-    )
+
+    def work(bars: Bars) -> list[MeasuredFile]:
+        with bars.task("timing, interleaved", seconds) as step:
+            return measure_files(
+                files,
+                batch=batch,
+                threads=threads,
+                seconds=seconds,
+                shapes=_shapes(shape),
+                progress=step,
+            )
+
+    table = _guarded(work)
     if as_json:
-        _print_json([row.as_dict() for row in table])
+        _print_json([_measured(row) for row in table])
         return
     shown = Table(box=None, header_style="bold")
-    heads = ("file", "runtime", "median ms", "95 % interval", "p95 ms", "size", "peak memory", "ratio to the first")
+    heads = (
+        "file",
+        "runtime",
+        "median ms",
+        "95 % interval",
+        "p95 ms",
+        "size",
+        "peak memory",
+        "ratio to the first",
+    )
     for index, head in enumerate(heads):
         shown.add_column(head, justify="left" if index < 2 else "right", overflow="fold")
     for row in table:
-        shown.add_row(*row.cells())
+        latency, ratio = row.latency, row.ratio
+        shown.add_row(
+            str(row.path),
+            row.target,
+            words.plain(latency.median),
+            f"{words.plain(latency.low)} – {words.plain(latency.high)}",
+            words.plain(latency.p95),
+            words.size(row.size),
+            words.size(row.memory.peak if row.memory else None),
+            f"{words.plain(ratio.value)} ({words.plain(ratio.low)} – {words.plain(ratio.high)})"
+            if ratio
+            else words.NOTHING,
+        )
     console = Console()
     console.print(shown)
     console.print(f"batch {batch}, {table[0].latency.threads} threads, interleaved", style="dim")
@@ -178,7 +220,8 @@ def measure(
 def verify(
     folder: Annotated[Path, typer.Argument(help="What compress wrote.")],
     data: Annotated[
-        str | None, typer.Option(help="Where the certification data are now; where they were, if not given.")
+        str | None,
+        typer.Option(help="Where the certification data are now; where they were, if not given."),
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -215,7 +258,9 @@ def targets(as_json: Json = False) -> None:
         )
         return
     console = Console()
-    console.print(f"{facts.cpu}, {facts.cores} cores, {facts.memory / 2**30:.0f} GiB, {facts.system}")
+    console.print(
+        f"{facts.cpu}, {facts.cores} cores, {facts.memory / 2**30:.0f} GiB, {facts.system}"
+    )
     console.print(f"instructions: {', '.join(facts.flags) or 'none known'}")
     console.print(
         "int8: exact sums (VNNI or the like)"
@@ -226,7 +271,9 @@ def targets(as_json: Json = False) -> None:
     for head in ("target", "version", "install"):
         table.add_column(head)
     for name, status in facts.runtimes.items():
-        table.add_row(name, status.version or "not installed", "" if status.installed else status.install)
+        table.add_row(
+            name, status.version or "not installed", "" if status.installed else status.install
+        )
     console.print(table)
 
 
@@ -245,7 +292,9 @@ def _guarded(work: Callable[[Bars], Any]) -> Any:
         with Bars() as bars:
             return work(bars)
     except TinierError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(WRONG_INPUT) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; nothing was written")
@@ -267,10 +316,24 @@ def _finish(result: Result, as_json: bool) -> None:
         console = Console()
         show(result, console)
         if result.folder:
-            console.print(f"\nThe result is in {result.folder}; open report.html there.", soft_wrap=True)
+            console.print(
+                f"\nThe result is in {result.folder}; open report.html there.", soft_wrap=True
+            )
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
     raise typer.Exit(0 if result.met else LIMIT_MISSED)
+
+
+def _measured(row: MeasuredFile) -> dict[str, Any]:
+    latency = {key: value for key, value in vars(row.latency).items() if key != "rounds"}
+    return {
+        "file": str(row.path),
+        "target": row.target,
+        "latency_ms": latency,
+        "size_bytes": row.size,
+        "peak_memory_bytes": row.memory.peak if row.memory else None,
+        "ratio_to_first": vars(row.ratio) if row.ratio else None,
+    }
 
 
 def _print_json(value: Any) -> None:
@@ -288,7 +351,9 @@ def _numbers(text: str | None, name: str) -> tuple[float, ...] | None:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"--{name} is {text!r}; write numbers such as 0.485,0.456,0.406") from None
+        raise typer.BadParameter(
+            f"--{name} is {text!r}; write numbers such as 0.485,0.456,0.406"
+        ) from None
 
 
 def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 
 from tinier.data.base import Examples
 from tinier.data.first import first_inputs
-from tinier.errors import InputError
+from tinier.errors import InputError, OutputError
 from tinier.measure.machine import default_threads, machine
 from tinier.measure.metrics import metric as metric_of
 from tinier.network import Example
+from tinier.output import FULL, check_output
 from tinier.progress import Progress, Silent
-from tinier.report.folder import check_output, write
+from tinier.report.folder import write
 from tinier.search.candidate import Limits, Result
 from tinier.search.driver import Search
 from tinier.search.judge import Judge
@@ -67,7 +69,7 @@ def compress(
         max_size: bytes, or text with a unit ("4MB").
         target: "cpu" (every installed runtime, the fastest wins), or names of runtimes.
         budget: seconds, or text with a unit ("10m").
-        out: folder for the result; nothing is kept if None.
+        out: folder for the result; ``Result.save`` names one later if None.
         batch: batch size that is timed.
         threads: of the runtimes; the cores of this process if None.
         delta: the certificate is wrong with at most this probability.
@@ -94,8 +96,11 @@ def compress(
         raise InputError("no runtime is installed: pip install 'tinier[onnxruntime]'")
     if not 0 < delta < 1:
         raise InputError(f"delta is {delta}; a probability between 0 and 1 is needed, such as 0.05")
-    if batch < 1:
-        raise InputError(f"batch is {batch}; 1 or more is needed")
+    for name, value in (("batch", batch), ("threads", threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; 1 or more is needed")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; a number of 0 or more is needed")
     folder = check_output(out) if out is not None else None
 
     # Everything that was handed in is looked at before anything long starts.
@@ -109,15 +114,15 @@ def compress(
     for note in parts.searched.notes:
         progress.say(note)
     fixed = None if network.traced.batched else len(next(iter(network.example.values())))
-    torch.manual_seed(seed)
 
-    with tempfile.TemporaryDirectory(prefix="tinier-") as work:
+    with _working_folder() as work, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         workshop = Workshop(
             original=network,
             calibration=parts.train or parts.searched,
             train=parts.train,
             targets=targets,
-            folder=Path(work),
+            folder=work,
             threads=threads or default_threads(),
             batch=fixed or batch,
             saturation_free=not machine().vnni,
@@ -126,15 +131,37 @@ def compress(
         )
         searched = Judge(network, parts.searched, judged, fixed or EVALUATED, progress)
         unseen = Judge(network, parts.unseen, judged, fixed or EVALUATED, progress)
+        facts = _facts(workshop, searched, unseen, delta, seconds, parts, options)
         search = Search(workshop, searched, limits, started + seconds, progress)
         table = search.run()
         result = conclude(table, limits, workshop, searched, unseen, delta)
-        result.interrupted = search.interrupted
-        result.facts.update(_facts(workshop, searched, unseen, delta, seconds, parts, options))
-        result.facts["seconds"] = time.monotonic() - started
-        if folder is not None and result.best is not None:
-            _save(result, folder, workshop, unseen)
+        result.interrupted = result.interrupted or search.interrupted
+        result.facts.update(facts, seconds=time.monotonic() - started)
+        if folder is None:
+            result.keeper = tempfile.TemporaryDirectory(prefix="tinier-result-")
+            folder = Path(result.keeper.name) / "result"
+        if result.best is not None:
+            try:
+                _save(result, folder, workshop, unseen)
+            except KeyboardInterrupt:
+                result.interrupted = True
+                _save(result, folder, workshop, unseen)  # it takes seconds; a second Ctrl-C ends it
     return result
+
+
+@contextmanager
+def _working_folder() -> Iterator[Path]:
+    """A folder for what is built on the way; it vanishes with all that is in it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="tinier-") as work:
+            yield Path(work)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OutputError(
+            f"no space left in {tempfile.gettempdir()}, where candidates are built; free some, or set TMPDIR to "
+            "a folder on another disk"
+        ) from error
 
 
 def _limits(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from tinier.criteria.base import Criterion
@@ -15,17 +15,17 @@ from tinier.edits.base import Plan
 from tinier.edits.slice import Slice
 from tinier.edits.slice import kept as kept_indices
 from tinier.errors import InputError
+from tinier.measure.machine import machine
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.methods.static_quantization import StaticQuantization
-from tinier.measure.machine import machine
 from tinier.network import Example, Network
+from tinier.output import check_output, whole
 from tinier.recovery.loop import recover as train_student
-from tinier.report.folder import whole
+from tinier.report.folder import PLAN, WEIGHTS, save_weights
 from tinier.sources.load import load as load_source
 from tinier.statistics import collect
 from tinier.targets.base import Artifact, targets_for
 
-PLAN, WEIGHTS = "plan.json", "model.safetensors"
 BATCH = 64
 
 
@@ -37,11 +37,13 @@ class Smaller:
         network: the new network with its example inputs.
         original: the network that the plan was made for.
         plan: the decision; printing it shows what was changed.
+        trainable: the float network before quantization; None where ``network`` is float itself.
     """
 
     network: Network
     original: Network
     plan: Plan
+    trainable: Network | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -102,10 +104,17 @@ def quantize(
     plan = method.plan(network, collect(network, batches))
     before = model.plan if isinstance(model, Smaller) else Plan()
     original = model.original if isinstance(model, Smaller) else network
-    return Smaller(plan.apply(network), original, before + plan)
+    return Smaller(plan.apply(network), original, before + plan, network)
 
 
-def recover(pruned: Smaller, data: Any, *, seconds: float | None = None, epochs: float | None = None, seed: int = 0) -> Smaller:
+def recover(
+    pruned: Smaller,
+    data: Any,
+    *,
+    seconds: float | None = None,
+    epochs: float | None = None,
+    seed: int = 0,
+) -> Smaller:
     """Give quality back to a pruned network by distillation from its original.
 
     Args:
@@ -147,10 +156,14 @@ def export(
 
 
 def save(smaller: Smaller, folder: str | Path) -> None:
-    """Write weights (safetensors) and plan (JSON), from which ``load`` rebuilds the network. No class is pickled."""
-    with whole(Path(folder).absolute()) as made:
-        tensors = smaller.network.module.state_dict()
-        save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, made / WEIGHTS)
+    """Write float weights (safetensors) and plan (JSON), from which ``load`` rebuilds the network. No class is pickled.
+
+    Raises:
+        OutputError: the folder exists and was not made by tinier, or cannot be written.
+    """
+    path = check_output(folder, lambda found: {p.name for p in found.iterdir()} <= {PLAN, WEIGHTS})
+    with whole(path) as made:
+        save_weights(smaller.trainable or smaller.network, made / WEIGHTS)
         (made / PLAN).write_text(smaller.plan.to_json())
 
 

@@ -4,14 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import tinier.data
 from tinier.data.base import Examples
 from tinier.data.fit import fit
-from tinier.data.npz import NumpyReader
-from tinier.data.python import PythonReader
 from tinier.data.reader import Options, Reader
 from tinier.errors import DataError
 from tinier.registry import implementations
@@ -74,42 +71,6 @@ def read(
         _present(path)
         raise DataError(f"{path}: data of this kind cannot be read; give {KINDS}")
     raise DataError(f"data: a {type(spec).__name__} cannot be read; give {KINDS}")
-
-
-def peek(spec: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    """The first two examples, as example inputs of a network of which only the input names are known.
-
-    Args:
-        spec: arrays, a Dataset, a DataLoader, ``module:function`` or ``.npz``; files of images and text need to be told
-            what to become.
-        names: input names of the network, in order.
-
-    Returns:
-        Input name → tensor of up to two examples; float64 is float32, uint8 images are float32 in [0, 1].
-
-    Raises:
-        DataError: it cannot be read, or is of another kind.
-    """
-    for reader in (PythonReader(), NumpyReader()):
-        if not reader.accepts(spec):
-            continue
-        if not isinstance(reader, PythonReader):
-            _present(Path(spec))
-        unknown = {name: torch.zeros(2, 1) for name in names}
-        examples = reader.read(spec, unknown, Options())
-        if not len(examples):
-            raise DataError(f"{examples.origin or 'the data'}: there are no examples")
-        inputs, _ = examples.store.fetch(examples.rows[:2])
-        return {name: _plain(value) for name, value in inputs.items()}
-    raise DataError(
-        f"{spec}: the model's inputs cannot be told from it; give example=… as the model gets them"
-    )
-
-
-def _plain(value: Tensor) -> Tensor:
-    if value.dtype == torch.uint8 and value.ndim >= 3:
-        return value.float() / 255
-    return value.float() if value.dtype == torch.float64 else value
 
 
 def _present(path: Path) -> None:

@@ -1,5 +1,7 @@
 """ResNet-20 for 28 × 28 grey images (He et al. 2015, section 4.2), the network of the demo."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -38,9 +40,7 @@ class ResNet20(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU()
         widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-        self.blocks = nn.Sequential(
-            *(Block(a, b, 2 if a != b else 1) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        )
+        self.blocks = nn.Sequential(*(Block(a, b, 2 if a != b else 1) for a, b in pairwise(widths)))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, classes)
 

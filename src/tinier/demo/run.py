@@ -32,11 +32,13 @@ def train() -> tuple[torch.Tensor, torch.Tensor]:
     return _read("train.npz")
 
 
-def demo(*, out: str | Path | None, budget: str | float = "3m", progress: Progress | None = None) -> Result:
+def demo(
+    *, out: str | Path | None, budget: str | float = "3m", progress: Progress | None = None
+) -> Result:
     """Compress the ResNet-20 to at most one point less accuracy, on every installed runtime.
 
     Args:
-        out: folder for the result; nothing is kept if None.
+        out: folder for the result; ``Result.save`` names one later if None.
         budget: time to spend.
         progress: receives what happens.
     """

@@ -37,7 +37,8 @@ class Plan:
         Raises:
             RefusedError: an edit does not fit the network.
         """
-        result = network.copy()
+        # Edits leave their input alone, so that the network's trace can be used as it is.
+        result = network if self.edits else network.copy()
         rest = list(self.edits)
         while rest:
             kind = type(rest[0])
@@ -58,7 +59,7 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> "Plan":
         """The plan that ``to_json`` wrote. Unknown kinds and fields raise ValueError."""
-        kinds = {cls.kind: cls for cls in _concrete(Edit)}
+        kinds = {cls.kind: cls for cls in _concrete(Edit)}  # type: ignore[type-abstract]
         edits = []
         for row in json.loads(text)["edits"]:
             kind = row.pop("kind")
@@ -76,8 +77,8 @@ class Plan:
         )
 
 
-def _concrete(cls: type) -> list[Any]:
-    return [leaf for sub in cls.__subclasses__() for leaf in (_concrete(sub) or [sub])]
+def _concrete(cls: type[Edit]) -> list[type[Edit]]:
+    return [leaf for child in cls.__subclasses__() for leaf in (_concrete(child) or [child])]
 
 
 def _frozen(value: Any) -> Any:

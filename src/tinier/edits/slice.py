@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from tinier.edits.base import Edit, Plan
-from tinier.edits.rewrite import Kept, kept_along, sliced_graph
+from tinier.edits.rewrite import Kept, sliced_graph
 from tinier.edits.stock import stock_modules
 from tinier.errors import RefusedError
 from tinier.graph.axes import Atom, Axis, atoms, positions
@@ -70,7 +70,7 @@ class Slice(Edit):
         channels = channel_groups(traced)
         kept = _kept_atoms(slices, channels)
         if not kept:
-            return network
+            return network.copy()
         graph = sliced_graph(traced, channels, kept)
         _prove(network, Network(graph, network.example), graph, channels, kept, seed=0)
         pruned = _stock(network, graph, channels, kept)
@@ -272,6 +272,3 @@ def _named(graph: fx.GraphModule, traced: Traced) -> fx.GraphModule:
         output.args = (dict(zip(traced.outputs, values, strict=True)),)
     graph.recompile()
     return graph
-
-
-__all__ = ["TOLERANCE", "Slice", "kept", "kept_along", "prove", "random_inputs"]

@@ -7,8 +7,21 @@ from operator import getitem
 import torch
 from torch import Tensor, fx
 
-from tinier.graph.axes import Atom, Axis, Path, Pin, coordinates, fresh, pin, places, resolve, text
+from tinier.graph.axes import (
+    Atom,
+    Axis,
+    Path,
+    Pin,
+    coordinates,
+    fresh,
+    pin,
+    places,
+    resolve,
+    size,
+    text,
+)
 from tinier.graph.rules import RULES, Flow, operator_name
+from tinier.graph.rules.base import hint
 from tinier.graph.rules.linear import KERNEL
 from tinier.graph.trace import Traced
 
@@ -172,11 +185,22 @@ def _propagate(
         flow.pin_all(node, reason)
         return flow.opaque(node, reason)
     result = rule(flow, node)
-    if isinstance(value, Tensor) and (not isinstance(result, list) or len(result) != value.ndim):
+    if not _fits(result, value):
         reason = "the propagation rule does not cover this form of the operator"
         flow.pin_all(node, reason)
         return flow.opaque(node, reason)
     return result
+
+
+def _fits(result: object, value: object) -> bool:
+    """Whether the axes have the sizes of the tensors, which guards every rule."""
+    if isinstance(value, Tensor):
+        sizes = [hint(length) for length in value.shape]
+        return isinstance(result, list) and [size(axis) for axis in result] == sizes
+    assert isinstance(value, list | tuple)
+    return isinstance(result, tuple) and all(
+        not axes or _fits(axes, item) for axes, item in zip(result, value, strict=True)
+    )
 
 
 def _pinned_input(flow: Flow, node: fx.Node, dim: int) -> Axis:

@@ -73,10 +73,8 @@ class _Masked(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         special = SPECIAL.get(operator_name(node)) if node.op == "call_function" else None
         if special is not None and self._normalises_over_cut(node):
-            result = special(self, node)
-        else:
-            result = super().run_node(node)
-        return self._mask(node, result)
+            return self._mask(node, special(self, node))
+        return self._mask(node, super().run_node(node))
 
     def value(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
         """The value of an argument."""

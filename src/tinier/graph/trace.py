@@ -106,6 +106,7 @@ def _plain(exported: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:
     # Tied tensors stay tied: one copy for each tensor, under every name that it has.
     own: dict[int, Tensor] = {}
     root = nn.Module()
+    tensor: Tensor
     for name, tensor in exported.named_parameters(remove_duplicate=False):
         parameter = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
         _register(root, name, own.setdefault(id(tensor), parameter))

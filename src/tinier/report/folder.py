@@ -1,13 +1,8 @@
 """One result is one folder: written under a temporary name and renamed when it is whole."""
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +11,18 @@ import tomli_w
 from safetensors.torch import save_file
 
 from tinier.edits.base import Plan
-from tinier.errors import OutputError
 from tinier.network import Network
+from tinier.output import MARK, whole
+from tinier.report import words
 from tinier.report.html import html
 from tinier.report.rows import rows, summary
 from tinier.search.candidate import Candidate, Result
 from tinier.targets.base import Target
 from tinier.version import VERSION
 
-MARK = "result.json"
 CERTIFICATE = "certificate.json"
 SCORES = "scores.npz"
+PLAN, WEIGHTS = "plan.json", "model.safetensors"
 # What Hugging Face users expect beside a model; weights and code are not among it.
 COMPANIONS = (
     "config.json",
@@ -44,55 +40,6 @@ COMPANIONS = (
     "processor_config.json",
     "chat_template.jinja",
 )
-
-
-def check_output(out: str | Path) -> Path:
-    """The output folder as an absolute path, once it is known that it can be written.
-
-    Raises:
-        OutputError: it is a file, a folder that tinier did not make, or its parent does not exist or cannot be written.
-    """
-    folder = Path(out).absolute()
-    if folder.is_file():
-        raise OutputError(f"{out} is a file; name a folder that tinier may make")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise OutputError(
-            f"{out} exists and was not made by tinier; name another folder, or empty this one"
-        )
-    parent = folder.parent
-    if not parent.is_dir():
-        raise OutputError(f"{out}: the folder {parent} does not exist; make it first")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{out}: no permission to write in {parent}")
-    return folder
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` that takes its place when the block ends well, and vanishes when it does not.
-
-    Raises:
-        OutputError: the disk is full, or the folder cannot be written.
-    """
-    made: Path | None = None
-    try:
-        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        yield made
-        made.chmod(0o755)
-        old = folder.with_name(f".{folder.name}-replaced")
-        if folder.exists():
-            folder.rename(old)
-        made.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"no space left to write {folder}; free some, or name a folder on another disk"
-            ) from error
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        if made is not None and made.exists():
-            shutil.rmtree(made, ignore_errors=True)
 
 
 def write(
@@ -126,20 +73,14 @@ def write(
         for name in COMPANIONS if source else ():
             if (source / name).is_file():  # type: ignore[operator]
                 shutil.copyfile(source / name, made / name)  # type: ignore[operator]
-        tensors = {
-            name: tensor.detach().clone().contiguous()
-            for name, tensor in trainable.module.state_dict().items()
-        }
-        save_file(tensors, made / "model.safetensors", {"format": "pt"})
-        (made / "plan.json").write_text(plan.to_json())
+        save_weights(trainable, made / WEIGHTS)
+        (made / PLAN).write_text(plan.to_json())
         (made / "recipe.toml").write_text(tomli_w.dumps(_recipe(result, best)))
         if scores:
-            np.savez_compressed(made / SCORES, **scores)
+            np.savez_compressed(made / SCORES, **scores)  # type: ignore[arg-type]
         result.facts["usage"] = target.usage(best.artifact, network)
         names = [file.name for file in best.artifact.files]
-        hashed = [*names, "model.safetensors", "plan.json", "recipe.toml"] + (
-            [SCORES] if scores else []
-        )
+        hashed = [*names, WEIGHTS, PLAN, "recipe.toml"] + ([SCORES] if scores else [])
         certificate = {
             "statement": statement(result),
             "met": result.met,
@@ -166,17 +107,22 @@ def write(
     result.folder = folder
 
 
+def save_weights(network: Network, file: Path) -> None:
+    """Write a network's parameters and buffers as safetensors."""
+    tensors = {
+        name: tensor.detach().clone().contiguous()
+        for name, tensor in network.module.state_dict().items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    file.chmod(0o644)  # safetensors makes files that only their owner may read
+
+
 def statement(result: Result) -> str:
     """The certificate in one sentence, or why there is none."""
     best = result.best
     if best is None or best.certificate is None:
         return f"No certificate: {result.reason}."
-    proof = best.certificate
-    loss = f"{100 * proof.bound:.2f} points" if result.facts.get("points") else f"{proof.bound:.4g}"
-    return (
-        f"With probability {1 - proof.delta:.0%} over the draw of the {proof.examples:,} certification examples, the expected "
-        f"{result.facts['metric']} of this artifact is at most {loss} worse than the original's."
-    )
+    return words.certificate(best.certificate, result.facts)[0]
 
 
 def sha256(file: Path) -> str:
@@ -224,6 +170,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _readme(result: Result, best: Candidate) -> str:
+    assert best.artifact is not None
     return f"""# {result.facts["model"]}, made smaller by tinier
 
 {summary(result)}
@@ -243,4 +190,4 @@ Run it from this folder:
 | `recipe.toml` | methods, settings, versions, seeds and the hash of the data |
 | `certificate.json`, `scores.npz` | what was proved, on which data; `tinier verify .` checks it |
 | `report.html` | the table and the chart of everything that was tried |
-"""  # type: ignore[union-attr]
+"""

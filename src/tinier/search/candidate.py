@@ -1,14 +1,16 @@
 """What the search looks at: variants of the network, and each variant on each runtime."""
 
-from collections.abc import Mapping
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinier.errors import OutputError
 from tinier.measure.latency import Latency
 from tinier.measure.memory import Memory
 from tinier.measure.parity import Parity
 from tinier.measure.quality import Quality
+from tinier.output import check_output, whole
 from tinier.search.certificate import Certificate
 from tinier.targets.base import Artifact
 
@@ -129,8 +131,9 @@ class Result:
         reason: the answer in one sentence.
         limits: what was asked.
         facts: what a report needs besides: metric, data, machine, threads, batch, seed, versions, seconds.
-        folder: where it was saved, or None.
-        models: name of a kept variant → what its folder is made from (plan and trained network).
+        folder: where it was saved.
+        interrupted: whether Ctrl-C ended the search early.
+        keeper: holds the folder while nobody has named one; it vanishes with the result.
     """
 
     table: list[Candidate]
@@ -141,12 +144,33 @@ class Result:
     facts: dict[str, Any]
     folder: Path | None = None
     interrupted: bool = False
-    models: Mapping[Variant, Any] = field(default_factory=dict)
+    keeper: Any = field(default=None, repr=False)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the result's folder.
+
+        Raises:
+            OutputError: ``folder`` cannot be written, or was not made by tinier.
+        """
+        if self.folder is None:
+            raise OutputError("nothing was measured, so that there is nothing to save")
+        path = check_output(folder)
+        with whole(path) as made:
+            shutil.copytree(self.folder, made, dirs_exist_ok=True)
+        return path
+
+    def __str__(self) -> str:
+        lines = [f"{'kept' if self.met else 'NOT kept'}: {self.reason}"]
+        for c in self.table:
+            cost = f"{c.latency.median:.3g} ms, {c.size:,} bytes" if c.latency and c.size else "–"
+            loss = f"loss {c.loss:.4g}" if c.loss is not None else "–"
+            lines.append(f"{c.status:8} {c.name} on {c.target}: {cost}, {loss}; {c.reason}")
+        return "\n".join(lines)
 
     @property
     def original(self) -> Candidate | None:
         """The float network on the fastest runtime: what candidates are compared with."""
-        originals = [c for c in self.table if c.original and c.latency]
+        originals = [c for c in self.table if c.original and c.latency and c.status != "dropped"]
         return min(originals, key=lambda c: c.latency.median, default=None)  # type: ignore[union-attr]
 
     @property

@@ -13,6 +13,7 @@ from tinier.search.candidate import Candidate, Limits, Variant, beats
 from tinier.search.judge import Judge
 from tinier.search.workshop import Workshop
 
+HOPELESS = 4.0  # a runtime this many times slower than the fastest is not caught up with by int8 or pruning
 KEEPS = (0.75, 0.5, 0.25)  # shares of the MACs that pruning is tried at
 RANGES = ("minmax", "mse")
 RESERVE = 0.25  # share of the budget kept from training for measuring and certifying
@@ -66,7 +67,8 @@ class Search:
 
     def _costs(self) -> None:
         """Lower every variant to every runtime and time them all in one interleaved run, before anything is spent on quality."""
-        targets = self.workshop.targets
+        self._time([c for c in self.table if c.status == "waiting"], share=0.02)
+        targets = self._worthwhile()
         variants = [Variant(ranges=RANGES[0])]
         for keep in KEEPS:
             variants += [Variant(keep), Variant(keep, RANGES[0])]
@@ -81,6 +83,23 @@ class Search:
                         self.workshop.lower(candidate)
                     step.add()
         self._time([c for c in self.table if c.status == "waiting"], share=0.05)
+
+    def _worthwhile(self) -> list[str]:
+        """The runtimes whose time for the original is within reach of the fastest one's: what int8 or pruning can gain."""
+        timed = [c for c in self.table if c.original and c.status == "waiting"]
+        if not timed:
+            raise RefusedError(
+                "no runtime takes the original: "
+                + "; ".join(f"{c.target}: {c.reason}" for c in self.table)
+            )
+        best = min(timed, key=_milliseconds)
+        slow = [c for c in timed if _milliseconds(c) > HOPELESS * _milliseconds(best)]
+        for candidate in slow:
+            times = _milliseconds(candidate) / _milliseconds(best)
+            self.progress.say(
+                f"{candidate.target} needs {times:.1f}× the time of {best.target} for the original: nothing else is built for it"
+            )
+        return [c.target for c in timed if c not in slow]
 
     def _time(self, candidates: Sequence[Candidate], share: float) -> None:
         if not candidates:
@@ -99,21 +118,23 @@ class Search:
 
     def _gate(self) -> None:
         """Drop what costs at least what the original costs on its best runtime, what breaks a limit, and the slower runtimes."""
-        originals = [c for c in self.table if c.original and c.latency]
+        originals = [c for c in self.table if c.original and c.status == "waiting"]
         best = min(originals, key=_milliseconds)
         smallest = min(c.size or 0 for c in originals)
+        # Where nothing keeps the limits, all stay: the nearest miss is the answer then.
+        possible = any(self._inside(c) for c in [*originals, *self._waiting()])
         for candidate in self._waiting():
             assert candidate.latency is not None and candidate.size is not None
             ms = candidate.latency.median
             slower = candidate.latency.low >= best.latency.median  # type: ignore[union-attr]
-            if not candidate.original and slower and candidate.size >= smallest:
+            if slower and candidate.size >= smallest:
                 candidate.drop(
                     f"neither faster nor smaller than the original on {best.target} "
                     f"({ms:.3g} against {_milliseconds(best):.3g} ms)"
                 )
-            elif self.limits.max_latency and ms > self.limits.max_latency:
+            elif possible and self.limits.max_latency and ms > self.limits.max_latency:
                 candidate.drop(f"{ms:.3g} ms is over the limit of {self.limits.max_latency:g} ms")
-            elif self.limits.max_size and candidate.size > self.limits.max_size:
+            elif possible and self.limits.max_size and candidate.size > self.limits.max_size:
                 candidate.drop(
                     f"{candidate.size:,} bytes are over the limit of {self.limits.max_size:,}"
                 )
@@ -133,18 +154,21 @@ class Search:
 
     def _qualities(self, trained: bool) -> None:
         """Quality on the search part, a cheap first look before the whole."""
-        training = self.workshop.train is not None
-        todo = [
-            c
-            for c in self._waiting()
-            if c.loss is None and (c.recovered if trained else c.variant.keep == 1 or not training)
-        ]
+        todo = [c for c in self._waiting() if c.loss is None and c.recovered == trained]
+        if not trained:
+            # Pruned networks that will be trained are judged after it; the originals are candidates too.
+            training = self.workshop.train is not None
+            todo = [c for c in todo if c.variant.keep == 1 or not training]
+            todo = [c for c in self.table if c.original and c.status == "waiting"] + todo
         with self.progress.task("quality on the search part", len(todo)) as step:
             for candidate in todo:
                 self._quality(candidate)
                 step.add()
 
     def _quality(self, candidate: Candidate) -> None:
+        if candidate.original and candidate.target == "torch":
+            candidate.quality, candidate.loss = self.judge.original, 0.0  # the reference itself
+            return
         # A twin shares the cost of its sibling, a recovered network has new weights: both need artifacts of their own.
         if candidate.artifact is None or candidate.recovered:
             self.workshop.lower(candidate)
@@ -180,9 +204,10 @@ class Search:
 
     def _final_measurements(self) -> None:
         """Time the front and the originals again, together and longer, and measure peak memory in fresh processes."""
-        kept = [c for c in self.table if c.original and c.artifact]
-        measured = [c for c in self._waiting() if c.coordinates]
-        kept += [c for c in measured if not c.original and not any(beats(o, c) for o in measured)]
+        originals = [c for c in self.table if c.original and c.status == "waiting"]
+        measured = [c for c in [*originals, *self._waiting()] if c.coordinates]
+        front = [c for c in measured if not any(beats(other, c) for other in measured)]
+        kept = originals + [c for c in front if not c.original]
         self._time(kept, share=0.08)
         with self.progress.task("peak memory, each in a fresh process", len(kept)) as step:
             for candidate in kept:
@@ -195,8 +220,14 @@ class Search:
                 )
                 step.add()
 
+    def _inside(self, candidate: Candidate) -> bool:
+        """Whether a timed candidate keeps the limits on latency and size."""
+        ms, size = self.limits.max_latency, self.limits.max_size
+        fast = ms is None or _milliseconds(candidate) <= ms
+        return fast and (size is None or (candidate.size or 0) <= size)
+
     def _waiting(self) -> list[Candidate]:
-        return [c for c in self.table if c.status == "waiting"]
+        return [c for c in self.table if c.status == "waiting" and not c.original]
 
     @property
     def _budget(self) -> float:

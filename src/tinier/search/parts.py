@@ -69,9 +69,7 @@ def shuffled(examples: Examples, seed: int) -> Examples:
 def _examples(spec: Any, network: Network, options: dict[str, Any]) -> Examples | None:
     if spec is None:
         return None
-    if isinstance(spec, Examples):
-        examples = spec
-    else:
-        examples = read(spec, network.example, tokenizer_folder=network.folder, **options)
-    check(examples, network)
-    return examples
+    if not isinstance(spec, Examples):
+        spec = read(spec, network.example, tokenizer_folder=network.folder, **options)
+    check(spec, network)
+    return spec

@@ -36,10 +36,16 @@ def conclude(
 ) -> Result:
     """Choose from the front of what was measured, and say of every candidate what became of it."""
     result = Result(table, None, False, "", limits, {})
+    if not result.front and result.original is not None:
+        # Interrupted before any quality was measured: the original on its fastest runtime is an answer.
+        searched.look(result.original, workshop.session(result.original), None)
     front = result.front
-    result.best, result.met, result.reason = choose(
-        front, limits, workshop, searched, unseen, delta
-    )
+    try:
+        chosen = choose(front, limits, workshop, searched, unseen, delta)
+    except KeyboardInterrupt:
+        result.interrupted = True
+        chosen = _so_far(front, limits)
+    result.best, result.met, result.reason = chosen
     for candidate in table:
         if candidate.status != "waiting":
             continue
@@ -69,6 +75,10 @@ def _why_not(candidate: Candidate, result: Result, searched: Judge) -> str:
         return (
             f"certified too, but {_speed(candidate) / _speed(best):.1f}× as slow as the one taken"
         )
+    if best.certificate is None and result.met:
+        return f"{_speed(candidate) / _speed(best):.1f}× as slow as the one taken"
+    if result.interrupted:
+        return "not tested: the run was interrupted"
     if limit is None:
         return f"{searched.said((candidate.loss or 0) - (best.loss or 0))} worse than the one taken"
     return "not tested: a safer candidate had failed before it"
@@ -86,7 +96,8 @@ def choose(
 
     With a limit on the loss: candidates that keep the other limits are tested in a fixed order on unseen data, up to the first
     that fails; the fastest of those that passed is taken. Each of them is certified at level 1 − δ at once.
-    Without one: the least loss on the search part among those inside the limits, the faster of equals; its loss is then bounded on unseen data.
+    Without one: the least loss on the search part among those inside the limits, the faster of equals; its
+    loss is then bounded on unseen data.
 
     Args:
         candidates: those with loss, latency and size.
@@ -103,7 +114,8 @@ def choose(
         return None, False, "nothing was measured before the run ended"
     inside = [c for c in candidates if not _broken(c, limits)]
     if not inside:
-        nearest = min(candidates, key=lambda c: _excess(c, limits))
+        nearest = min(candidates, key=lambda c: (_excess(c, limits), c.loss))
+        _test(nearest, None, workshop, unseen, delta)
         return (
             nearest,
             False,
@@ -114,19 +126,16 @@ def choose(
         verdict = _test(best, None, workshop, unseen, delta)
         return best, True, verdict if isinstance(verdict, str) else "least loss inside the limits"
     passed: list[Candidate] = []
-    failed = ""
     for candidate in order(inside, searched, limits.max_drop, delta):
         verdict = _test(candidate, limits.max_drop, workshop, unseen, delta)
         if isinstance(verdict, str):
             return _uncertified(inside, limits, searched, verdict)
         if not verdict.holds:
-            failed = _failure(candidate, verdict, unseen, limits.max_drop)
-            candidate.reason = failed
+            candidate.reason = _failure(candidate, verdict, unseen, limits.max_drop)
+            if not passed:
+                return candidate, False, candidate.reason
             break
         passed.append(candidate)
-    if not passed:
-        nearest = min(inside, key=lambda c: (c.loss, _speed(c)))
-        return nearest, False, failed
     best = min(passed, key=_speed)
     return best, True, "the fastest of those certified inside the limits"
 
@@ -135,11 +144,23 @@ def _test(
     candidate: Candidate, limit: float | None, workshop: Workshop, unseen: Judge, delta: float
 ) -> Certificate | str:
     quality = unseen.quality(workshop.session(candidate))
-    candidate.certified = quality
     verdict = unseen.certificate(quality, limit, delta)
+    candidate.certified = quality
     if isinstance(verdict, Certificate):
         candidate.certificate = verdict
     return verdict
+
+
+def _so_far(candidates: Sequence[Candidate], limits: Limits) -> tuple[Candidate | None, bool, str]:
+    """The best of a run that was interrupted while it certified."""
+    if not candidates:
+        return None, False, "nothing was measured before the run ended"
+    inside = [c for c in candidates if not _broken(c, limits)]
+    passed = [c for c in inside if c.certificate and c.certificate.holds]
+    if passed:
+        return min(passed, key=_speed), True, "interrupted; the fastest of those certified by then"
+    nearest = min(inside or candidates, key=lambda c: (_excess(c, limits), _speed(c)))
+    return nearest, False, "interrupted before anything was certified"
 
 
 def _uncertified(
@@ -161,7 +182,7 @@ def _failure(candidate: Candidate, verdict: Certificate, unseen: Judge, limit: f
     )
     if verdict.needed is None:
         return f"{start}; the measured loss itself is not inside the limit, so that more examples would not help"
-    return f"{start}; about {verdict.needed:,} examples would be needed"
+    return f"{start}; about {verdict.needed:,} unseen examples would be needed"
 
 
 def _broken(candidate: Candidate, limits: Limits) -> str:
@@ -175,8 +196,10 @@ def _broken(candidate: Candidate, limits: Limits) -> str:
 
 
 def _excess(candidate: Candidate, limits: Limits) -> float:
-    """The largest ratio of a measured cost to its limit."""
+    """The largest ratio of a measured cost, or loss, to its limit."""
     ratios = [1.0]
+    if limits.max_drop:
+        ratios.append((candidate.loss or 0.0) / limits.max_drop)
     if limits.max_latency:
         ratios.append(_speed(candidate) / limits.max_latency)
     if limits.max_size:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tinier.data.base import Examples
 from tinier.edits.base import Plan
-from tinier.errors import RefusedError
+from tinier.errors import InputError, RefusedError
 from tinier.measure.parity import parity
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.methods.static_quantization import StaticQuantization
@@ -52,6 +52,7 @@ class Workshop:
     _pruned: dict[float, tuple[Network, Plan]] = field(default_factory=dict)
     _statistics: dict[float, Statistics] = field(default_factory=dict)
     _networks: dict[Variant, tuple[Network, Plan]] = field(default_factory=dict)
+    _onnx: dict[Variant, Path] = field(default_factory=dict)
     _sessions: dict[tuple[Variant, str], Session] = field(default_factory=dict)
 
     def pruned(self, keep: float) -> tuple[Network, Plan]:
@@ -96,11 +97,14 @@ class Workshop:
                 return
             folder = self.folder / candidate.variant.slug / candidate.target
             folder.mkdir(parents=True, exist_ok=True)
-            candidate.artifact = target.lower(network, folder)
+            candidate.artifact = target.lower(network, folder, self._onnx.get(candidate.variant))
             session = target.open(candidate.artifact.files[0], self.threads)
-        except RefusedError as error:
+        except (RefusedError, InputError) as error:
+            # Of an artifact that was just written, InputError means that the runtime has no kernel for an operator.
             candidate.drop(str(error))
             return
+        if candidate.artifact.files[0].suffix == ".onnx":
+            self._onnx[candidate.variant] = candidate.artifact.files[0]
         self._sessions[candidate.variant, candidate.target] = session
         sizes = (1, 8) if network.traced.batched else (len(next(iter(network.example.values()))),)
         candidate.parity = parity(network, session, [self.inputs(size) for size in sizes])
@@ -121,7 +125,7 @@ class Workshop:
         """Train the pruned network to answer as the original does; what was built from it is built anew when next asked for."""
         assert self.train is not None
         network, plan = self.pruned(keep)
-        with self.progress.task(f"recovering {Variant(keep).name}", seconds) as step:
+        with self.progress.task(f"recovering {Variant(keep).name}", 1.0) as step:
             recovered = recover(
                 network,
                 self.original,
@@ -134,6 +138,7 @@ class Workshop:
         self._statistics.pop(keep, None)
         for variant in [v for v in self._networks if v.keep == keep]:
             del self._networks[variant]
+            self._onnx.pop(variant, None)
 
     def _calibration(self) -> Iterator[dict[str, Tensor]]:
         size = BATCH if self.original.traced.batched else len(self.inputs(1))

@@ -54,7 +54,9 @@ def free_batch(module: nn.Module, inputs: Mapping[str, Tensor], name: str) -> Ne
         shapes = ", ".join(
             f"{key} {tuple(value.shape)} {value.dtype}" for key, value in inputs.items()
         )
-        raise ModelError(f"{name} does not run on the example ({shapes}): {first_line(error)}") from error
+        raise ModelError(
+            f"{name} does not run on the example ({shapes}): {first_line(error)}"
+        ) from error
     if not single:
         raise ModelError(f"{name} returns no tensor")
     if any(len(value) != 1 for value in inputs.values()):

@@ -11,8 +11,10 @@ from itertools import combinations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from tinier.sources import onnx_operators as operators
+from tinier.sources.onnx_layers import linear_layers, node_name, parameters
 
 Free = Mapping[tuple[str, int], str]  # (input, dimension) → symbol
 Sizes = dict[str, int]  # symbol → size
@@ -55,18 +57,6 @@ NUMBERS: dict[str, tuple[int, ...]] = {
 SHAPES = ("_get_shape", "_get_size", "_size")
 # A shape has few numbers; more than this is a mask or a table.
 FEW = 64
-# The least exponent, Resize's scales and the like are no weights, and statistics of a batch norm are no parameters.
-NO_WEIGHTS = (
-    "_resize",
-    "_upsample",
-    "clamp",
-    "pow",
-    "where",
-    "eq",
-    "maximum",
-    "minimum",
-    "_pad_impl",
-)
 
 
 def rewrite(imported: fx.GraphModule, inputs: Mapping[str, Tensor], free: Free) -> fx.GraphModule:
@@ -94,9 +84,9 @@ def rewrite(imported: fx.GraphModule, inputs: Mapping[str, Tensor], free: Free) 
     _selections(module)
     _shapes_to_numbers(module, inputs, free)
     _plain_operators(module)
-    _linear_layers(module)
+    linear_layers(module)
     graph.eliminate_dead_code()
-    _parameters(module)
+    parameters(module)
     used = {node.target for node in graph.find_nodes(op="get_attr")}
     for name in [name for name, _ in module.named_buffers() if name not in used]:
         delattr(module, name)
@@ -108,7 +98,7 @@ def rewrite(imported: fx.GraphModule, inputs: Mapping[str, Tensor], free: Free) 
 def _selections(module: fx.GraphModule) -> None:
     """Gather of one constant index is a selection; it may count from the end, which the importer's function cannot."""
     for node in module.graph.nodes:
-        index = node.args[1] if _name(node) == "_gather" else None
+        index = node.args[1] if node_name(node) == "_gather" else None
         if isinstance(index, fx.Node) and index.op == "get_attr":
             value = module.get_buffer(str(index.target))
             if value.ndim == 0:
@@ -137,7 +127,7 @@ def _shapes_to_numbers(module: fx.GraphModule, inputs: Mapping[str, Tensor], fre
     symbols = sorted(set(free.values()))
     base = {symbol: inputs[key[0]].shape[key[1]] for key, symbol in free.items()}
     runs: list[tuple[Sizes, dict[fx.Node, Any]]] = []
-    if not any(_name(node) in SHAPES for node in shape_nodes):
+    if not any(node_name(node) in SHAPES for node in shape_nodes):
         # Only constants: no need to run the network for them.
         runs.append((dict(base), _constants(module, shape_nodes)))
     for sizes in _probes(symbols, base) if not runs else ():
@@ -149,7 +139,7 @@ def _shapes_to_numbers(module: fx.GraphModule, inputs: Mapping[str, Tensor], fre
     for node in list(graph.nodes):
         if node in shape_nodes and node not in tables:
             continue  # goes, once nobody uses it
-        places = NUMBERS.get(_name(node), ())
+        places = NUMBERS.get(node_name(node), ())
         args = list(node.args)
         for index, argument in enumerate(args):
             known = isinstance(argument, fx.Node) and argument in shape_nodes
@@ -178,10 +168,10 @@ def _shape_nodes(module: fx.GraphModule) -> set[fx.Node]:
             value = module.get_buffer(str(node.target))
             if not value.is_floating_point() or value.numel() <= 1:
                 found.add(node)
-        elif node.op == "call_function" and _name(node) in SHAPES:
+        elif node.op == "call_function" and node_name(node) in SHAPES:
             found.add(node)
         elif node.op == "call_function" and node.all_input_nodes:
-            random = "Random" in str(node.meta.get("onnx_op_type")) or "rand" in _name(node)
+            random = "Random" in str(node.meta.get("onnx_op_type")) or "rand" in node_name(node)
             if not random and all(source in found for source in node.all_input_nodes):
                 found.add(node)
     return found
@@ -277,7 +267,7 @@ class _Numbers:
         flat = [self._number(node, index, user) for index in range(values[0].numel())]
         with self.graph.inserting_before(user):
             shape = list(values[0].shape)
-            return self.graph.call_function(tensor_of, (flat, shape, values[0].dtype))
+            return self.graph.call_function(operators.tensor_of, (flat, shape, values[0].dtype))
 
     def _number(self, node: fx.Node, index: int, user: fx.Node) -> Number:
         values = [values[node].reshape(-1)[index].item() for _, values in self.runs]
@@ -328,25 +318,25 @@ class _Numbers:
 def _plain_operators(module: fx.GraphModule) -> None:
     """Put the plain operator in place of functions that look at values, which would fix free sizes."""
     plain: dict[str, Callable[..., Any]] = {
-        "_reshape": reshape,
-        "_dynamic_slice": cut,
-        "_range": count,
-        "_pad_impl": pad,
-        "_global_avg_pool": average_pool,
-        "_global_max_pool": max_pool,
-        "_reduce_max": maximum,
-        "_reduce_min": minimum,
+        "_reshape": operators.reshape,
+        "_dynamic_slice": operators.cut,
+        "_range": operators.count,
+        "_pad_impl": operators.pad,
+        "_global_avg_pool": operators.average_pool,
+        "_global_max_pool": operators.max_pool,
+        "_reduce_max": operators.maximum,
+        "_reduce_min": operators.minimum,
     }
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
-        lists = [node.args[i] for i in NUMBERS.get(_name(node), ()) if i < len(node.args)]
+        lists = [node.args[i] for i in NUMBERS.get(node_name(node), ()) if i < len(node.args)]
         if any(isinstance(value, fx.Node) and _is_tensor(value) for value in lists):
             continue  # sizes that come from data: leave it as it is
-        function = plain.get(_name(node))
-        if _name(node) == "_expand" and isinstance(node.args[1], list):
+        function = plain.get(node_name(node))
+        if node_name(node) == "_expand" and isinstance(node.args[1], list):
             node.args = (node.args[0], tuple(node.args[1]))
-        if _name(node) == "_tile" and isinstance(node.args[1], list):
+        if node_name(node) == "_tile" and isinstance(node.args[1], list):
             node.args = (node.args[0], tuple(node.args[1]))
         if function is not None:
             node.target = function
@@ -355,160 +345,3 @@ def _plain_operators(module: fx.GraphModule) -> None:
 def _is_tensor(node: fx.Node) -> bool:
     sizes = (operator.mul, operator.add, torch.ops.aten.sym_size.int)
     return node.target not in sizes
-
-
-def reshape(value: Tensor, shape: Sequence[int], allow_zero: int) -> Tensor:
-    """ONNX Reshape: 0 keeps a size unless ``allow_zero``, −1 is what is left."""
-    sizes = [
-        value.shape[i] if isinstance(s, int) and s == 0 and not allow_zero else s
-        for i, s in enumerate(shape)
-    ]
-    return value.reshape(sizes)
-
-
-def cut(
-    value: Tensor,
-    starts: Sequence[int],
-    ends: Sequence[int],
-    axes: Sequence[int] | None = None,
-    steps: Sequence[int] | None = None,
-) -> Tensor:
-    """ONNX Slice; negative steps are only those that reverse a whole axis, or have constant ends."""
-    axes = list(range(len(starts))) if axes is None else axes
-    steps = [1] * len(starts) if steps is None else steps
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        if step > 0:
-            value = torch.ops.aten.slice.Tensor(value, axis, start, end, step)
-            continue
-        size = value.shape[axis]
-        kept = range(int(size))[slice(start, None if end < -size else end, step)]
-        value = value.index_select(axis, torch.tensor(list(kept), dtype=torch.int64))
-    return value
-
-
-def count(start: float, limit: float, step: float) -> Tensor:
-    """ONNX Range of numbers that are not data."""
-    floats = any(isinstance(value, float) for value in (start, limit, step))
-    return torch.arange(start, limit, step, dtype=torch.float32 if floats else torch.int64)
-
-
-def pad(value: Tensor, pads: Sequence[int], mode: str, fill: float | Tensor) -> Tensor:
-    """ONNX Pad: beginnings of all axes, then ends."""
-    half = len(pads) // 2
-    # torch: the last axis first, its beginning and end side by side; leading axes that are not padded are left out.
-    flat = [side for axis in range(half - 1, -1, -1) for side in (pads[axis], pads[axis + half])]
-    while len(flat) > 2 and all(isinstance(side, int) and side == 0 for side in flat[-2:]):
-        flat = flat[:-2]
-    if mode == "constant":
-        return F.pad(value, flat, value=float(fill))
-    return F.pad(value, flat, mode={"edge": "replicate", "wrap": "circular"}.get(mode, mode))
-
-
-def average_pool(value: Tensor) -> Tensor:
-    """ONNX GlobalAveragePool."""
-    pools = {3: F.adaptive_avg_pool1d, 4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
-    return pools[value.ndim](value, 1)  # type: ignore[no-any-return]
-
-
-def max_pool(value: Tensor) -> Tensor:
-    """ONNX GlobalMaxPool."""
-    return value.amax(dim=tuple(range(2, value.ndim)), keepdim=True)
-
-
-def maximum(value: Tensor, axes: Sequence[int] | None, keep: bool, nothing: bool) -> Tensor:
-    """ONNX ReduceMax; without axes over all of them, or none of them if ``nothing``."""
-    if not axes:
-        return value if nothing else value.amax(dim=tuple(range(value.ndim)), keepdim=keep)
-    return value.amax(dim=tuple(axes), keepdim=keep)
-
-
-def minimum(value: Tensor, axes: Sequence[int] | None, keep: bool, nothing: bool) -> Tensor:
-    """ONNX ReduceMin; see ``maximum``."""
-    return -maximum(-value, axes, keep, nothing)
-
-
-def tensor_of(values: Sequence[float], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of numbers, some of which are sizes of the graph."""
-    return torch.stack([torch.full((), value, dtype=dtype) for value in values]).reshape(shape)
-
-
-def _linear_layers(module: fx.GraphModule) -> None:
-    """Products with a constant matrix, and the constant vector that is added, as linear layers."""
-    for node in list(module.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is torch.matmul:
-            (x, matrix), bias, transposed = node.args[:2], None, False
-        elif _name(node) == "_gemm":
-            x, matrix, bias, alpha, beta, flip, transposed = node.args
-            vector = _constant(module, bias)
-            if flip or alpha != 1 or beta != 1 or (bias is not None and vector is None):
-                continue
-            if vector is not None and vector.ndim != 1:
-                continue
-        else:
-            continue
-        weight = _constant(module, matrix)
-        if weight is None or weight.ndim != 2 or len(matrix.users) != 1:
-            continue
-        weight = weight if transposed else weight.t()
-        last = node
-        if bias is None and len(node.users) == 1:
-            user = next(iter(node.users))
-            other = [argument for argument in user.args if argument is not node]
-            vector = _constant(module, other[0]) if len(other) == 1 else None
-            adds = user.target in (torch.add, operator.add) and not user.kwargs
-            if adds and vector is not None and vector.shape == weight.shape[:1]:
-                last, bias = user, other[0]
-        vector = _constant(module, bias)
-        if vector is not None and vector.shape != weight.shape[:1]:
-            continue
-        setattr(module, str(matrix.target), weight.contiguous())
-        with module.graph.inserting_before(last):
-            if isinstance(bias, fx.Node):
-                # The vector may be read after the product: read it again here.
-                bias = module.graph.get_attr(str(bias.target))
-            linear = module.graph.call_function(F.linear, (x, matrix, bias))
-        linear.meta.update(node.meta)
-        last.replace_all_uses_with(linear)
-        module.graph.erase_node(last)
-        if last is not node:
-            module.graph.erase_node(node)
-
-
-def _constant(module: fx.GraphModule, node: Any) -> Tensor | None:
-    """The float constant that a node reads, or None."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value = module.get_buffer(str(node.target))
-    return value if value.is_floating_point() else None
-
-
-def _parameters(module: fx.GraphModule) -> None:
-    """Make parameters of the weights: finite float tensors of more than one value that layers read."""
-    weights: set[str] = set()
-    others: set[str] = set()
-    for node in module.graph.nodes:
-        name = _name(node)
-        for index, argument in enumerate(node.args):
-            if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-                continue
-            statistic = name == "_batch_norm" and index in (3, 4)
-            layer = name in ("linear", "_conv", "_conv_transpose", "_gemm", "_batch_norm")
-            value = getattr(module, str(argument.target))
-            fits = value.is_floating_point() and bool(value.isfinite().all())
-            if fits and not statistic and name not in NO_WEIGHTS and (layer or value.numel() > 1):
-                weights.add(str(argument.target))
-            else:
-                others.add(str(argument.target))
-        for argument in node.all_input_nodes:
-            if argument.op == "get_attr" and argument not in node.args:
-                others.add(str(argument.target))
-    for name in sorted(weights - others):
-        value = getattr(module, name)
-        delattr(module, name)
-        module.register_parameter(name, nn.Parameter(value.detach().clone()))
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""

@@ -18,6 +18,7 @@ Result = Axes | tuple[Axes, ...] | None
 Rule = Callable[["Flow", fx.Node], Result]
 
 RULES: dict[str, Rule] = {}
+UNKNOWN = 8191  # stands for a size that only data decides; such axes are pinned, and no view divides a prime
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -49,7 +50,9 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 def hint(value: Any) -> int:
     """The size that a dimension had while tracing: symbolic sizes have one, too."""
-    return value if isinstance(value, int) else int(value.node.hint)
+    if isinstance(value, int):
+        return value
+    return int(value.node.hint) if value.node.has_hint() else UNKNOWN
 
 
 class Flow:

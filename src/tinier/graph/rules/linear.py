@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from tinier.graph.axes import UNIT, Axis, fresh, mark, product, size
+from tinier.graph.axes import UNIT, Axis, Product, fresh, mark, product, resolve, size
 from tinier.graph.rules.base import Axes, Flow, Result, argument, rule
 
 KERNEL = "a kernel's spatial extent"
@@ -48,13 +48,22 @@ def _matmul(flow: Flow, node: fx.Node, left: Axes, right: Axes) -> Axes:
 
 
 def _note_heads(flow: Flow, node: fx.Node, left: Axes, right: Axes) -> None:
-    """A product of two activations, batched over more than the batch, is attention: its batch axes are heads."""
-    if len(left) == len(right) == 4 and not flow.fixed(node, 0):
-        for axes in (left, right):
-            mark(axes[1], "head")
-        mark(left[-1], "head_dim")
-        mark(right[-2], "head_dim")
-        flow.heads[node] = (left[1], right[1])
+    """A product of two activations, batched over more than the batch, is attention: its other batch axes are heads."""
+    if any(source.op == "get_attr" for source in node.all_input_nodes):
+        return
+    if len(left) == len(right) == 4:
+        heads = (left[1], right[1])
+    elif len(left) == len(right) == 3 and isinstance(folded := resolve(left[0]), Product):
+        heads = (product(*folded.factors[1:]), product(*folded.factors[1:]))
+    else:
+        return
+    if size(heads[0]) == 1:
+        return
+    for axis in heads:
+        mark(axis, "head")
+    for axis in (*left[-2:], *right[-2:]):
+        mark(axis, "head_dim")
+    flow.heads[node] = heads
 
 
 @rule("einsum")

@@ -1,9 +1,11 @@
 """Operators that normalise over axes or reduce them."""
 
+from typing import Any
+
 from torch import fx
 
 from tinier.graph.axes import UNIT, Axis, fresh, mark, product, size
-from tinier.graph.rules.base import Axes, Flow, Result, argument, dimension, rule
+from tinier.graph.rules.base import Axes, Flow, Result, argument, dimension, hint, rule
 
 AGGREGATE = """
 mean sum amax amin logsumexp norm linalg_vector_norm var
@@ -127,8 +129,8 @@ def positional(flow: Flow, node: fx.Node) -> Result:
     return tuple(results) if isinstance(value, list | tuple) else results[0]
 
 
-def _counted(flow: Flow, node: fx.Node, length: object) -> Axis:
-    axis = fresh(length) if isinstance(length, int) else fresh(2)
+def _counted(flow: Flow, node: fx.Node, length: Any) -> Axis:
+    axis = fresh(hint(length))
     flow.pin(node, axis, "chosen by data")
     return axis
 

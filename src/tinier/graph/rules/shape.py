@@ -11,7 +11,8 @@ def view(flow: Flow, node: fx.Node) -> Result:
     """Row-major regrouping: an axis that is taken apart becomes a product everywhere."""
     axes, shape = flow.of(node.args[0]), flow.shape(node)
     if "dtype" in str(node.target):
-        return list(axes)
+        flow.pin_all(node, "its bits are read as another type")
+        return flow.opaque(node, "its bits are read as another type")
     try:
         result = regroup(axes, shape)
     except (Mismatch, IndexError) as error:
@@ -29,14 +30,14 @@ def view(flow: Flow, node: fx.Node) -> Result:
 def permute(flow: Flow, node: fx.Node) -> Result:
     """Reordered dimensions."""
     axes = flow.of(node.args[0])
-    return [axes[int(dim)] for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
+    return [axes[dim] for dim in argument(node, 1, "dims")]
 
 
 @rule("transpose", "swapaxes", "swapdims")
 def transpose(flow: Flow, node: fx.Node) -> Result:
     """Two dimensions exchanged."""
     axes = list(flow.of(node.args[0]))
-    first, second = (dimension(int(dim), len(axes)) for dim in node.args[1:3])
+    first, second = (dimension(argument(node, place, "dim"), len(axes)) for place in (1, 2))
     axes[first], axes[second] = axes[second], axes[first]
     return axes
 

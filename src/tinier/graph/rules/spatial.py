@@ -3,7 +3,7 @@
 from torch import fx
 
 from tinier.graph.axes import fresh, product
-from tinier.graph.rules.base import Axes, Flow, Result, argument, rule
+from tinier.graph.rules.base import Axes, Flow, Result, argument, hint, rule
 
 POOLS = """
 max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest _upsample_nearest_exact lp_pool
@@ -31,7 +31,7 @@ def pool_with_indices(flow: Flow, node: fx.Node) -> Result:
     axes = flow.of(node.args[0])
     for axis in axes[2:]:
         flow.pin(node, axis, "spatial")
-    new = [fresh(dim) if isinstance(dim, int) else fresh(2) for dim in node.meta["val"][0].shape]
+    new = [fresh(hint(dim)) for dim in node.meta["val"][0].shape]
     for axis in new[2:]:
         flow.pin(node, axis, "spatial")
     return ([*axes[:2], *new[2:]], [*axes[:2], *new[2:]])

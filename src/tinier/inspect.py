@@ -1,0 +1,126 @@
+"""What a network consists of, what could leave it, and what cannot and why."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tinier.graph.groups import Channels, channel_groups
+from tinier.graph.macs import Row, describe
+from tinier.network import Example, Network
+from tinier.sources.load import load
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Layers, channel groups and pins of a network.
+
+    Attributes:
+        name: of the network.
+        rows: a row for each operator that has parameters or multiplies.
+        channels: the groups, and what is pinned.
+        batched: whether the batch size is free.
+    """
+
+    name: str
+    rows: list[Row]
+    channels: Channels
+    batched: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable numbers, tied ones once."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def macs(self) -> int:
+        """Multiply–accumulates of one example."""
+        return sum(row.macs for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "batch_is_free": self.batched,
+            "layers": [asdict(row) for row in self.rows],
+            "groups": [
+                {
+                    "name": group.name,
+                    "size": group.size,
+                    "kind": group.kind,
+                    "members": [f"{slot.parameter}[{slot.dim}]" for slot in group.slots],
+                }
+                for group in self.channels.groups
+            ],
+            "pinned": [
+                {
+                    "parameter": pinned.parameter,
+                    "dim": pinned.dim,
+                    "size": pinned.size,
+                    "reasons": [f"{why.operator}: {why.reason}" for why in pinned.pins],
+                }
+                for pinned in self.channels.pins
+            ],
+        }
+
+    def show(self, console: Console) -> None:
+        """Print three tables: layers, channel groups, pins."""
+        console.print(
+            f"{self.name}: {self.parameters:,} parameters, {self.macs:,} MACs an example, "
+            f"batch size {'free' if self.batched else 'fixed'}",
+            style="bold",
+        )
+        layers = _table("layer", "operator", "shape", "parameters", "MACs")
+        for row in self.rows:
+            shape = " × ".join(str(size) if size else "free" for size in row.shape)
+            layers.add_row(row.layer, row.kind, shape, f"{row.parameters:,}", f"{row.macs:,}")
+        console.print(layers)
+        groups = _table("channel group", "kind", "size", "what leaves together")
+        for group in self.channels.groups:
+            members = ", ".join(f"{slot.parameter}[{slot.dim}]" for slot in group.slots)
+            groups.add_row(group.name, group.kind, str(group.size), members)
+        console.print(groups)
+        pins = _table("pinned", "size", "why")
+        for pinned in self.channels.pins:
+            reasons = "; ".join(
+                dict.fromkeys(f"{why.operator}: {why.reason}" for why in pinned.pins)
+            )
+            pins.add_row(f"{pinned.parameter}[{pinned.dim}]", str(pinned.size), reasons)
+        console.print(pins)
+
+    def __str__(self) -> str:
+        console = Console(width=140, no_color=True)
+        with console.capture() as captured:
+            self.show(console)
+        return captured.get()
+
+
+def inspect(model: Any, example: Example | None = None) -> Inspection:
+    """Look at a network without changing it.
+
+    Args:
+        model: an ``nn.Module``, the path of an ONNX file or of a Hugging Face directory.
+        example: example inputs, for modules and for files that leave sizes open.
+
+    Raises:
+        ModelError: it cannot be read, run or traced.
+
+    Cost:
+        One trace and one analysis of its axes; milliseconds a hundred operators.
+    """
+    network = model if isinstance(model, Network) else load(model, example)
+    channels = channel_groups(network.traced)
+    return Inspection(
+        network.name, describe(network.traced, channels), channels, network.traced.batched
+    )
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in heads:
+        numeric = head in ("parameters", "MACs", "size")
+        table.add_column(head, justify="right" if numeric else "left", overflow="fold")
+    return table

@@ -1,0 +1,86 @@
+"""Output folders: never somebody else's, and whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from tinier.errors import OutputError
+
+MARK = "result.json"  # the file that says that tinier made a folder
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = "no space left to write {}; free some, or name a folder on another disk"
+
+
+def check_output(out: str | Path, ours: Callable[[Path], bool] | None = None) -> Path:
+    """The output folder as an absolute path, once it is known that it can be written.
+
+    Args:
+        out: where the result goes; a folder with something in it is replaced only if tinier made it.
+        ours: whether tinier made a folder; by default whether it holds a result.
+
+    Raises:
+        OutputError: it is a file, a folder that tinier did not make, or its parent does not exist or cannot be written.
+    """
+    folder = Path(out).absolute()
+    if folder.is_file():
+        raise OutputError(f"{out} is a file; name a folder that tinier may make")
+    if folder.is_dir() and any(folder.iterdir()) and not (ours or _is_result)(folder):
+        raise OutputError(
+            f"{out} exists and was not made by tinier; name another folder, or empty this one"
+        )
+    parent = folder.parent
+    if not parent.is_dir():
+        raise OutputError(f"{out}: the folder {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{out}: no permission to write in {parent}")
+    return folder
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether the folder has the mark of a result; a file of that name alone is none."""
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(mark, dict) and {"tinier", "summary", "table"} <= mark.keys()
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder`` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    made: Path | None = None
+    old: Path | None = None
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        yield made
+        made.chmod(0o755)
+        if folder.exists():
+            old = made.with_name(f"{made.name}-replaced")
+            folder.rename(old)
+        made.rename(folder)
+    except OSError as error:
+        if error.errno in FULL:
+            raise OutputError(NO_SPACE.format(folder)) from error
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:  # its only sign of what went wrong is its text
+        if any(f"(os error {number})" in str(error) for number in FULL):
+            raise OutputError(NO_SPACE.format(folder)) from error
+        raise OutputError(f"{folder} cannot be written: {error}") from error
+    finally:
+        if made is not None and made.exists():
+            shutil.rmtree(made, ignore_errors=True)
+        if old is not None and not folder.exists():
+            old.rename(folder)  # what was there stays, unless something whole took its place
+        elif old is not None:
+            shutil.rmtree(old, ignore_errors=True)
