@@ -170,7 +170,7 @@ class Result:
     @property
     def original(self) -> Candidate | None:
         """The float network on the fastest runtime: what candidates are compared with."""
-        originals = [c for c in self.table if c.original and c.latency and c.status != "dropped"]
+        originals = [c for c in self.table if c.original and c.latency]
         return min(originals, key=lambda c: c.latency.median, default=None)  # type: ignore[union-attr]
 
     @property

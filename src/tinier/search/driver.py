@@ -9,14 +9,16 @@ from tinier.errors import RefusedError
 from tinier.measure.latency import interleaved
 from tinier.measure.memory import peak_memory
 from tinier.progress import Progress
-from tinier.search.candidate import Candidate, Limits, Variant, beats
+from tinier.search.candidate import Candidate, Limits, Variant
 from tinier.search.judge import Judge
 from tinier.search.workshop import Workshop
 
 HOPELESS = 4.0  # a runtime this many times slower than the fastest is not caught up with by int8 or pruning
 KEEPS = (0.75, 0.5, 0.25)  # shares of the MACs that pruning is tried at
 RANGES = ("minmax", "mse")
-RESERVE = 0.25  # share of the budget kept from training for measuring and certifying
+RESERVE = 0.2  # share of the budget kept from training for measuring and certifying
+FIRST_SHARE = 0.5  # share of the training time that is left for the network trained next
+LEAST_TRAINING = 2.0  # seconds; less is not worth it
 
 
 @dataclass
@@ -47,9 +49,8 @@ class Search:
             self._originals()
             self._costs()
             self._gate()
-            self._qualities(trained=False)
+            self._qualities()
             self._recover()
-            self._qualities(trained=True)
             self._final_measurements()
         return self.table
 
@@ -152,14 +153,11 @@ class Search:
 
     # Quality ----------------------------------------------------------------------------------------------------------
 
-    def _qualities(self, trained: bool) -> None:
-        """Quality on the search part, a cheap first look before the whole."""
-        todo = [c for c in self._waiting() if c.loss is None and c.recovered == trained]
-        if not trained:
-            # Pruned networks that will be trained are judged after it; the originals are candidates too.
-            training = self.workshop.train is not None
-            todo = [c for c in todo if c.variant.keep == 1 or not training]
-            todo = [c for c in self.table if c.original and c.status == "waiting"] + todo
+    def _qualities(self) -> None:
+        """Quality on the search part of the originals and of all that will not be trained first."""
+        training = self.workshop.train is not None
+        todo = [c for c in self.table if c.original and c.status == "waiting"]
+        todo += [c for c in self._waiting() if c.variant.keep == 1 or not training]
         with self.progress.task("quality on the search part", len(todo)) as step:
             for candidate in todo:
                 self._quality(candidate)
@@ -179,15 +177,22 @@ class Search:
             candidate.drop(reason)
 
     def _recover(self) -> None:
-        """Share the time that is left among the pruned networks that passed the gate and train each."""
+        """Train each pruned network that passed the gate, then judge it.
+
+        Quality falls with the share of MACs that is cut. So the middle one is trained first: if it keeps the limit, the smaller
+        ones are what matters, else the larger ones, and those that come first have more of the time.
+        """
         if self.workshop.train is None:
             return
         keeps = sorted({c.variant.keep for c in self._waiting() if c.variant.keep < 1})
-        for index, keep in enumerate(keeps):
-            left = self.deadline - time.monotonic() - RESERVE * self._budget
-            seconds = left / (len(keeps) - index)
+        if keeps:
+            keeps.insert(0, keeps.pop(len(keeps) // 2))
+        while keeps:
+            keep = keeps.pop(0)
             mine = [c for c in self._waiting() if c.variant.keep == keep]
-            if seconds < 2:
+            left = self.deadline - time.monotonic() - RESERVE * self._budget
+            seconds = left * (FIRST_SHARE if keeps else 1)
+            if seconds < LEAST_TRAINING:
                 for candidate in mine:
                     candidate.drop("not recovered: the time budget was used up")
                 continue
@@ -197,17 +202,21 @@ class Search:
                 for candidate in mine:
                     candidate.drop(str(error))
                 continue
-            for candidate in mine:
-                candidate.recovered = True
+            with self.progress.task("quality on the search part", len(mine)) as step:
+                for candidate in mine:
+                    candidate.recovered = True
+                    self._quality(candidate)
+                    step.add()
+            limit = self.limits.max_drop
+            kept = limit is None or any(c.loss is not None and c.loss <= limit for c in mine)
+            smaller, larger = [k for k in keeps if k < keep], [k for k in keeps if k > keep]
+            keeps = smaller[::-1] + larger if kept else larger + smaller[::-1]
 
     # Proof ------------------------------------------------------------------------------------------------------------
 
     def _final_measurements(self) -> None:
-        """Time the front and the originals again, together and longer, and measure peak memory in fresh processes."""
-        originals = [c for c in self.table if c.original and c.status == "waiting"]
-        measured = [c for c in [*originals, *self._waiting()] if c.coordinates]
-        front = [c for c in measured if not any(beats(other, c) for other in measured)]
-        kept = originals + [c for c in front if not c.original]
+        """Time what is left again, together and longer, and measure peak memory in fresh processes."""
+        kept = [c for c in self.table if c.status == "waiting" and c.coordinates]
         self._time(kept, share=0.08)
         with self.progress.task("peak memory, each in a fresh process", len(kept)) as step:
             for candidate in kept:
