@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from toy import Recorder, TinyCNN, TinyMLP, images, steady, trained
 from torch import nn
 
 from tinier.compress import compress
 from tinier.network import Network
 from tinier.search.candidate import Result
 from tinier.targets.onnx_file import write_onnx
+from toy import Recorder, TinyCNN, TinyMLP, images, steady, trained
 
 torch.set_num_threads(1)
 

@@ -28,7 +28,7 @@ def test_the_reference_is_up_to_date() -> None:
     assert written == module.page(), "run: python scripts/reference.py"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
     for link in (a or b for a, b in LINK.findall(text)):

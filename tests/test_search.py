@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import Recorder, latency
 
 from tinier.data.base import Arrays, Examples
 from tinier.errors import RefusedError
@@ -22,6 +21,7 @@ from tinier.search.driver import Search
 from tinier.search.judge import Judge
 from tinier.search.proof import choose, conclude, order
 from tinier.targets.base import Artifact
+from toy import Recorder, latency
 
 DELTA = 0.05
 N = 3000
@@ -75,9 +75,7 @@ def candidate(
     return made
 
 
-def judges(
-    pairs: Sequence[tuple[Candidate, Quality]], **other: Any
-) -> tuple[FakeJudge, FakeJudge]:
+def judges(pairs: Sequence[tuple[Candidate, Quality]], **other: Any) -> tuple[FakeJudge, FakeJudge]:
     """The judges on the search part and on the certification part."""
     searched = {id(c): c.quality for c, _ in pairs if c.quality}
     return FakeJudge(searched), FakeJudge({id(c): q for c, q in pairs}, **other)
@@ -194,6 +192,7 @@ def test_too_few_examples_say_how_many_are_needed() -> None:
     n = only.certificate.needed
     more = candidate(1.0, 10, flips(0, n=n))
     searched, unseen = judges([(more, flips(0, n=n))], n=n)
+    vars(searched)["original"] = flips(0, n=n)
     assert choose([more], Limits(0.01), WORKSHOP, searched, unseen, DELTA)[1]
 
 
@@ -211,9 +210,7 @@ def test_every_candidate_ends_with_a_status_and_a_reason() -> None:
 
 
 def test_nothing_measured() -> None:
-    result = conclude(
-        [Candidate(Variant(), "torch")], Limits(0.01), WORKSHOP, *judges([]), DELTA
-    )
+    result = conclude([Candidate(Variant(), "torch")], Limits(0.01), WORKSHOP, *judges([]), DELTA)
     assert result.best is None and not result.met and "nothing was measured" in result.reason
 
 
@@ -353,7 +350,7 @@ def test_only_the_fastest_runtime_of_a_variant_goes_on(monkeypatch: pytest.Monke
 
 
 def test_limits_are_checked_before_quality(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, judge = search(monkeypatch, FakeWorkshop(COSTS), Limits(0.01, 1.5, 500))
+    made, _ = search(monkeypatch, FakeWorkshop(COSTS), Limits(0.01, 1.5, 500))
     table = made.run()
     found = {FakeWorkshop.key(c): c for c in table}
     assert found["onnxruntime", 0.25, ""].reason == "2,000 bytes are over the limit of 500"

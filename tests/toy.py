@@ -63,6 +63,7 @@ def trained(kind: type[nn.Module]) -> nn.Module:
             optimizer.zero_grad()
             nn.functional.cross_entropy(module(x), y).backward()
             optimizer.step()
+    module.zero_grad()
     return module.eval()
 
 

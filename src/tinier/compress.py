@@ -1,7 +1,9 @@
 """The main job: the best version of a network inside the limits, measured on the real runtime, its loss certified."""
 
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,8 +140,9 @@ def compress(
         result.interrupted = result.interrupted or search.interrupted
         result.facts.update(facts, seconds=time.monotonic() - started)
         if folder is None:
-            result.keeper = tempfile.TemporaryDirectory(prefix="tinier-result-")
-            folder = Path(result.keeper.name) / "result"
+            kept = tempfile.mkdtemp(prefix="tinier-result-")
+            weakref.finalize(result, shutil.rmtree, kept, ignore_errors=True)
+            folder = Path(kept) / "result"
         if result.best is not None:
             try:
                 _save(result, folder, workshop, unseen)

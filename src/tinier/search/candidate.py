@@ -1,7 +1,7 @@
 """What the search looks at: variants of the network, and each variant on each runtime."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,8 @@ class Result:
         reason: the answer in one sentence.
         limits: what was asked.
         facts: what a report needs besides: metric, data, machine, threads, batch, seed, versions, seconds.
-        folder: where it was saved.
+        folder: where it was saved; a folder that nobody has named vanishes with the result.
         interrupted: whether Ctrl-C ended the search early.
-        keeper: holds the folder while nobody has named one; it vanishes with the result.
     """
 
     table: list[Candidate]
@@ -144,7 +143,6 @@ class Result:
     facts: dict[str, Any]
     folder: Path | None = None
     interrupted: bool = False
-    keeper: Any = field(default=None, repr=False)
 
     def save(self, folder: str | Path) -> Path:
         """Copy the result's folder.

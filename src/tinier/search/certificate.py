@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+SIMULATED = 20_000  # below so many, the number of examples that are needed is tried out
 STEP = 5e-4  # resolution of a bound, as a share of the range of a score
 
 
@@ -164,8 +165,18 @@ def examples_needed(x: Floats, mean: float, delta: float, most: int = 10_000_000
         2 * rate
     )
     needed = min(most, math.ceil(root**2))
+    # The first bets are small; with few examples that counts.
+    while needed <= SIMULATED and not _often(x, mean, delta, needed):
+        needed = math.ceil(1.05 * needed)
     digits = 10 ** max(0, len(str(needed)) - 2)
     return math.ceil(needed / digits) * digits
+
+
+def _often(x: Floats, mean: float, delta: float, n: int) -> bool:
+    """Whether samples of n from x reject "expectation ≥ mean" nine times in ten."""
+    random = np.random.default_rng(0)
+    rejected = [p_value(random.choice(x, n), mean, delta) <= delta for _ in range(20)]
+    return sum(rejected) >= 18
 
 
 def _bets(x: Floats, delta: float) -> Floats:
