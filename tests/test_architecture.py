@@ -45,6 +45,7 @@ FAMILIES = {"criteria", "methods", "recovery", "targets"}
 DEFAULTS = {
     ("tinier.methods.channel_pruning", "tinier.criteria.magnitude"),
     ("tinier.recovery.loop", "tinier.recovery.soft_targets"),
+    ("tinier.recovery.loop", "tinier.recovery.output_mse"),
 }
 
 # Packages that may be absent; only these may be imported inside functions.

@@ -17,7 +17,7 @@ from tinier.network import Network
 from tinier.recovery.base import Loss
 from tinier.recovery.cross_entropy import CrossEntropy
 from tinier.recovery.loop import _batches, recover, schedule
-from tinier.recovery.output_error import OutputError
+from tinier.recovery.output_mse import OutputMSE
 from tinier.recovery.soft_targets import SoftTargets
 
 
@@ -73,12 +73,12 @@ class TestLosses:
             norms.append(ours.grad.norm().item())
         assert max(norms) / min(norms) < 1.5
 
-    def test_output_error_is_relative(self) -> None:
+    def test_output_mse_is_relative(self) -> None:
         theirs = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
         mean = theirs.mean().expand_as(theirs)
-        assert OutputError()((mean,), (theirs,), None).item() == pytest.approx(1, rel=1e-5)
-        one = OutputError()((theirs * 1.1,), (theirs,), None)
-        two = OutputError()((theirs * 110,), (theirs * 100,), None)
+        assert OutputMSE()((mean,), (theirs,), None).item() == pytest.approx(1, rel=1e-5)
+        one = OutputMSE()((theirs * 1.1,), (theirs,), None)
+        two = OutputMSE()((theirs * 110,), (theirs * 100,), None)
         torch.testing.assert_close(one, two)
 
     def test_cross_entropy_is_torch(self) -> None:
@@ -86,7 +86,7 @@ class TestLosses:
         actual = CrossEntropy(weight=0.5)((logits,), (), labels)
         torch.testing.assert_close(actual, 0.5 * F.cross_entropy(logits, labels))
 
-    @pytest.mark.parametrize("loss", [SoftTargets(), OutputError()])
+    @pytest.mark.parametrize("loss", [SoftTargets(), OutputMSE()])
     def test_zero_against_itself(self, loss: Loss) -> None:
         outputs = (torch.randn(6, 5),)
         assert loss(outputs, outputs, None).item() == 0
@@ -105,7 +105,7 @@ class TestLoop:
         assert result.history[-1] < 1e-6
         assert same(weights(result.network), weights(network))
 
-    @pytest.mark.parametrize("loss", [SoftTargets(), OutputError(), CrossEntropy()])
+    @pytest.mark.parametrize("loss", [SoftTargets(), OutputMSE(), CrossEntropy()])
     def test_loss_falls_and_inputs_stay(self, loss: Loss) -> None:
         student, teacher = build("mlp", seed=1), build("mlp", seed=2)
         before = weights(student), weights(teacher)

@@ -142,10 +142,16 @@ def inspect(
     model: Annotated[
         str, typer.Argument(help="An ONNX file, a Hugging Face directory, or module:function.")
     ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Data to take example inputs from, where the model does not say what it takes."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show layers, parameters, MACs, channel groups, and what is pinned and why."""
-    report = _guarded(lambda bars: run_inspect(model))
+    report = _guarded(lambda bars: run_inspect(model, data=data))
     if as_json:
         _print_json(report.as_dict())
     else:
@@ -223,11 +229,19 @@ def verify(
         str | None,
         typer.Option(help="Where the certification data are now; where they were, if not given."),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="The metric, where it is a module:function; it is run only if it is named here."
+        ),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Check hashes, run the artifact again and recompute its certificate."""
-    checks = _guarded(lambda bars: run_verify(folder, data=data, threads=threads, progress=bars))
+    checks = _guarded(
+        lambda bars: run_verify(folder, data=data, metric=metric, threads=threads, progress=bars)
+    )
     holds = all(check.holds is not False for check in checks)
     if as_json:
         _print_json({"holds": holds, "checks": [vars(check) for check in checks]})

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from tinier.data.base import Examples
-from tinier.data.first import first_inputs
 from tinier.errors import InputError, OutputError
 from tinier.measure.machine import default_threads, machine
 from tinier.measure.metrics import metric as metric_of
 from tinier.network import Example
 from tinier.output import FULL, check_output
 from tinier.progress import Progress, Silent
+from tinier.recovery import output_error
 from tinier.report.folder import write
 from tinier.search.candidate import Limits, Result
 from tinier.search.driver import Search
@@ -26,7 +26,7 @@ from tinier.search.judge import Judge
 from tinier.search.parts import Parts
 from tinier.search.proof import conclude
 from tinier.search.workshop import Workshop
-from tinier.sources.load import load
+from tinier.sources.load import load_for
 from tinier.targets.base import targets_for
 from tinier.units import parse_bytes, parse_drop, parse_milliseconds, parse_seconds
 from tinier.version import VERSION
@@ -107,7 +107,7 @@ def compress(
 
     # Everything that was handed in is looked at before anything long starts.
     with progress.task("reading model and data"):
-        network = load(model, first_inputs(data) if example is None else example)
+        network = load_for(model, example, data)
         parts = Parts.of(network, data, train, certify, seed, options)
         judged = metric_of(
             metric or ("accuracy" if parts.searched.labelled else "agreement"),
@@ -130,6 +130,7 @@ def compress(
             saturation_free=not machine().vnni,
             seed=seed,
             progress=progress,
+            losses=(output_error.OutputError(),) if judged.classifies is False else None,
         )
         searched = Judge(network, parts.searched, judged, fixed or EVALUATED, progress)
         unseen = Judge(network, parts.unseen, judged, fixed or EVALUATED, progress)
@@ -139,6 +140,7 @@ def compress(
         result = conclude(table, limits, workshop, searched, unseen, delta)
         result.interrupted = result.interrupted or search.interrupted
         result.facts.update(facts, seconds=time.monotonic() - started)
+        result.facts["recovery"] = {f"{keep:g}": done for keep, done in workshop.trained.items()}
         if folder is None:
             kept = tempfile.mkdtemp(prefix="tinier-result-")
             weakref.finalize(result, shutil.rmtree, kept, ignore_errors=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 from tinier.graph.groups import Channels, channel_groups
 from tinier.graph.macs import Row, describe
 from tinier.network import Example, Network
-from tinier.sources.load import load
+from tinier.sources.load import load_for
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,13 @@ class Inspection:
         return captured.get()
 
 
-def inspect(model: Any, example: Example | None = None) -> Inspection:
+def inspect(model: Any, example: Example | None = None, *, data: Any = None) -> Inspection:
     """Look at a network without changing it.
 
     Args:
         model: an ``nn.Module``, the path of an ONNX file or of a Hugging Face directory.
         example: example inputs, for modules and for files that leave sizes open.
+        data: where the example inputs come from if there is no example.
 
     Raises:
         ModelError: it cannot be read, run or traced.
@@ -111,7 +112,7 @@ def inspect(model: Any, example: Example | None = None) -> Inspection:
     Cost:
         One trace and one analysis of its axes; milliseconds a hundred operators.
     """
-    network = model if isinstance(model, Network) else load(model, example)
+    network = model if isinstance(model, Network) else load_for(model, example, data)
     channels = channel_groups(network.traced)
     return Inspection(
         network.name, describe(network.traced, channels), channels, network.traced.batched

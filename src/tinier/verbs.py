@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -86,7 +87,12 @@ def prune(
 
 
 def quantize(
-    model: Any, example: Example | None, data: Any, *, ranges: str = "mse", bits: int = 8
+    model: Any,
+    example: Example | None = None,
+    data: Any = None,
+    *,
+    ranges: str = "mse",
+    bits: int = 8,
 ) -> Smaller:
     """Quantize weights and activations after training, with ranges taken from data.
 
@@ -192,7 +198,7 @@ def load(folder: str | Path, into: Any, example: Example | None = None) -> Small
     smaller = plan.apply(network)
     try:
         smaller.module.load_state_dict(load_file(folder / WEIGHTS))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder / WEIGHTS} does not fit the model: {error}") from error
     return Smaller(smaller, network, plan)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tinier.data.base import Examples
+from tinier.data.python import FUNCTION
 from tinier.data.read import read
 from tinier.data.split import split
 from tinier.errors import DataError, InputError
@@ -45,6 +46,7 @@ def verify(
     folder: str | Path,
     *,
     data: Any = None,
+    metric: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[Check]:
@@ -52,7 +54,8 @@ def verify(
 
     Args:
         folder: what ``compress`` wrote.
-        data: where the certification data are now; where they were, if None.
+        data: where the certification data are now; where they were, if None. ``module:function`` is run only if it is named here.
+        metric: the metric, where it is a ``module:function``, which is run only if it is named here.
         threads: of the runtime.
         progress: receives what happens.
 
@@ -92,12 +95,13 @@ def verify(
     with np.load(folder / SCORES, allow_pickle=False) as stored:
         original, before = stored["original"], stored["artifact"]
         reference = [stored["reference"]] if "reference" in stored else None
-    metric = metric_of(record["metric"], unseen.labelled)
+    named = metric is not None
+    judged = metric_of(_trusted(metric or record["metric"], named, "--metric"), unseen.labelled)
     with progress.task("running the artifact", len(unseen)) as step:
         quality = evaluate(
             session.run,
             unseen,
-            metric,
+            judged,
             batch=record["data"]["batch"],
             reference=reference,
             progress=step,
@@ -110,14 +114,14 @@ def verify(
         Check(
             "scores",
             differing <= TOLERANCE,
-            f"{metric.name} {now.mean():.4f}, recorded {before.mean():.4f}; {differing:.2%} of the scores differ",
+            f"{judged.name} {now.mean():.4f}, recorded {before.mean():.4f}; {differing:.2%} of the scores differ",
         )
     )
-    checks.append(_stated(record, metric, original, before))
-    again = _proof(record, metric, original, now)
+    checks.append(_stated(record, judged, original, before))
+    again = _proof(record, judged, original, now)
     bound = record["certificate"]["bound"]
     # A few scores may differ from CPU to CPU, and the bound with them.
-    spread = metric.bounds[1] - metric.bounds[0] if metric.bounds else 1.0
+    spread = judged.bounds[1] - judged.bounds[0] if judged.bounds else 1.0
     holds = again.bound <= bound + 2 * differing * spread + 1e-9 and again.holds is not False
     if record["certificate"]["holds"] is False:
         holds = again.bound <= bound + 2 * differing * spread + 1e-9
@@ -218,10 +222,26 @@ def _file(folder: Path, name: str, digest: str) -> Check:
     return Check(name, now == digest, now[:16] if now == digest else "the file has changed")
 
 
+def _trusted(spec: Any, named: bool, option: str) -> Any:
+    """A function to import comes from the user, not from a file that may be a stranger's; tinier's own are safe.
+
+    Raises:
+        InputError: the record names code that the user did not name.
+    """
+    code = isinstance(spec, str) and FUNCTION.fullmatch(spec) and not Path(spec).exists()
+    if code and not named and not spec.startswith("tinier.demo."):
+        raise InputError(
+            f"the result was made with the function {spec}; code that a file names is not run by itself: "
+            f"if you trust it, say so: {option} {spec}"
+        )
+    return spec
+
+
 def _certification(record: dict[str, Any], folder: Path, data: Any) -> Examples:
     """The certification part, read and split as it was."""
     try:
         spec = data if data is not None else record["data"]["certify"]["origin"]
+        spec = _trusted(spec, data is not None, "--data")
         example = {
             name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]))
             for name, entry in record["inputs"].items()

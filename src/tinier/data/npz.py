@@ -26,23 +26,7 @@ class NumpyReader(Reader):
     def read(self, spec: Any, example: Mapping[str, Tensor], options: Options) -> Examples:
         path = Path(spec)
         names = tuple(example)
-        arrays: dict[str, Any] = {}
-        try:
-            loaded = np.load(path, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                arrays = {names[0]: loaded}
-            else:
-                with loaded:
-                    arrays = {key: loaded[key] for key in loaded.files}
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            if "allow_pickle" in str(error) or "pickled" in str(error):
-                raise DataError(
-                    f"{path}: it holds Python objects (a pickle), which are never loaded; save arrays of "
-                    "numbers with np.savez(path, x=…, y=…)"
-                ) from error
-            raise DataError(f"{path}: not a NumPy file ({error}); save it with np.savez") from error
-        if not arrays:
-            raise DataError(f"{path}: it has no arrays; save it with np.savez(path, x=…, y=…)")
+        arrays = arrays_of(path)
         classes: list[str] = []
         for key, value in arrays.items():
             if has_label_name(key, names) and value.dtype.kind in "US":
@@ -54,3 +38,29 @@ class NumpyReader(Reader):
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
         return Examples(store, origin=str(spec), classes=classes)
+
+
+def arrays_of(path: Path) -> dict[str, Any]:
+    """The arrays of an ``.npz`` file by name; the one of an ``.npy`` file is called x.
+
+    Raises:
+        DataError: not a NumPy file, one with pickles in it, or one without arrays.
+    """
+    arrays: dict[str, Any] = {}
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            arrays = {"x": loaded}
+        else:
+            with loaded:
+                arrays = {key: loaded[key] for key in loaded.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        if "allow_pickle" in str(error) or "pickled" in str(error):
+            raise DataError(
+                f"{path}: it holds Python objects (a pickle), which are never loaded; save arrays of "
+                "numbers with np.savez(path, x=…, y=…)"
+            ) from error
+        raise DataError(f"{path}: not a NumPy file ({error}); save it with np.savez") from error
+    if not arrays:
+        raise DataError(f"{path}: it has no arrays; save it with np.savez(path, x=…, y=…)")
+    return arrays

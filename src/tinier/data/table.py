@@ -110,7 +110,7 @@ def _tokens(
     if options.tokenizer_folder is None:
         raise DataError(
             f"{path}: text needs a tokenizer; give the Hugging Face directory of the model as the model, "
-            "or as tokenizer_folder (--tokenizer)"
+            "or, in Python, as tokenizer_folder"
         )
     try:
         from transformers import AutoTokenizer

@@ -27,6 +27,10 @@ class Accuracy(Metric):
     bounds: tuple[float, float] | None = (0.0, 1.0)
     binary: ClassVar[bool] = True
 
+    @property
+    def classifies(self) -> bool | None:
+        return True
+
     def scores(self, outputs: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
         answers = predictions(outputs[0])
         if labels.dtype.kind == "f" and (labels != np.round(labels)).any():

@@ -40,6 +40,11 @@ class Metric(ABC):
     binary: ClassVar[bool] = False
     against_original: ClassVar[bool] = False
 
+    @property
+    def classifies(self) -> bool | None:
+        """Whether outputs are class scores; None where the metric does not tell."""
+        return None
+
     @abstractmethod
     def scores(self, outputs: list[np.ndarray], labels: np.ndarray) -> np.ndarray | None:
         """One number for each example, whose mean is the value.

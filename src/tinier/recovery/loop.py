@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tinier.data.base import Examples
+from tinier.data.check import class_axis
 from tinier.errors import DataError, InputError, ModelError
 from tinier.graph import trace as tracing
 from tinier.network import Network
 from tinier.recovery.base import Loss
+from tinier.recovery.output_mse import OutputMSE
 from tinier.recovery.soft_targets import SoftTargets
 
 Inputs = dict[str, Tensor]
@@ -54,7 +56,7 @@ def recover(
     teacher: Network,
     train: Examples,
     *,
-    losses: Sequence[Loss] = (SoftTargets(),),
+    losses: Sequence[Loss] | None = None,
     seconds: float | None = None,
     epochs: float | None = None,
     batch: int = 64,
@@ -74,7 +76,7 @@ def recover(
         student: the network to train; left as it is.
         teacher: the original, with the same inputs and outputs.
         train: the data; labels are needed by losses of labels only.
-        losses: their sum is minimized.
+        losses: their sum is minimized; None for soft targets where the first output has an axis of classes, else the output error.
         seconds: most time to take, above 0.
         epochs: most passes over the data, above 0; alone, the result is the same at every run.
         batch: examples in a step.
@@ -96,6 +98,7 @@ def recover(
         ``augment``, a forward pass of the teacher. Memory: the optimizer's one or two and one more copy of the weights, the activations of
         a batch, and at most 256 MB for the teacher's answers.
     """
+    losses = default_losses(teacher, train) if losses is None else losses
     _check(student, train, losses, seconds, epochs, batch, lr)
     started = time.monotonic()
     network = student.copy()
@@ -212,6 +215,17 @@ def _batches(
         epoch = train.subset(order.tolist()).batches(size)
         for index, (inputs, labels) in zip(order.split(size), epoch, strict=True):
             yield index, augment(inputs, generator) if augment else inputs, labels
+
+
+def default_losses(teacher: Network, train: Examples) -> tuple[Loss, ...]:
+    """Soft targets over the axis of classes of the first output; the output error where it has none (one logit, plain values)."""
+    if not len(train):
+        return (SoftTargets(),)
+    inputs, _ = (
+        next(train.subset([0]).batches(1)) if teacher.traced.batched else (teacher.example, None)
+    )
+    axis = class_axis(teacher(inputs)[0].shape)
+    return (OutputMSE(),) if axis is None else (SoftTargets(dim=axis),)
 
 
 def _equal(

@@ -144,14 +144,27 @@ def _recipe(result: Result, best: Candidate) -> dict[str, Any]:
         steps.append({"method": "channel_pruning", "keep": best.variant.keep, "of": "macs"})
     if best.recovered:
         steps.append(
-            {"method": "recover", "loss": "soft_targets", **result.facts.get("recovery", {})}
+            {
+                "method": "recover",
+                **result.facts.get("recovery", {}).get(f"{best.variant.keep:g}", {}),
+            }
         )
     if best.variant.ranges:
         steps.append({"method": "static_quantization", "bits": 8, "ranges": best.variant.ranges})
     limits = {k: v for k, v in vars(result.limits).items() if v is not None}
     settings = {
         k: result.facts[k]
-        for k in ("metric", "seed", "delta", "batch", "threads", "budget", "versions", "data_parts")
+        for k in (
+            "metric",
+            "seed",
+            "delta",
+            "batch",
+            "threads",
+            "budget",
+            "versions",
+            "runtimes",
+            "data_parts",
+        )
         if result.facts.get(k) is not None
     }
     return {

@@ -1,4 +1,4 @@
-"""The search: cost first, quality second, proof last (see ``docs/search.md``)."""
+"""The search: cost first, quality second, proof last (see ``docs/compress.md``)."""
 
 import time
 from collections.abc import Iterator, Sequence

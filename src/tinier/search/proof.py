@@ -73,7 +73,7 @@ def _why_not(candidate: Candidate, result: Result, searched: Judge) -> str:
         return f"{searched.said(candidate.loss)} worse, {searched.said(limit)} allowed"
     if candidate.certificate is not None:
         return (
-            f"certified too, but {_speed(candidate) / _speed(best):.1f}× as slow as the one taken"
+            f"certified too, in {_speed(candidate) / _speed(best):.2f}× the time of the one taken"
         )
     if best.certificate is None and result.met:
         return f"{_speed(candidate) / _speed(best):.1f}× as slow as the one taken"

@@ -14,6 +14,7 @@ from tinier.methods.channel_pruning import ChannelPruning
 from tinier.methods.static_quantization import StaticQuantization
 from tinier.network import Network
 from tinier.progress import Progress
+from tinier.recovery.base import Loss
 from tinier.recovery.loop import recover
 from tinier.search.candidate import Candidate, Variant
 from tinier.statistics import Statistics, collect
@@ -37,6 +38,7 @@ class Workshop:
         batch: the batch size that is timed.
         saturation_free: shrink weights that would saturate the kernels of a CPU without VNNI.
         seed: of everything random.
+        losses: what recovery minimizes; None to choose by the original's output.
     """
 
     original: Network
@@ -49,6 +51,8 @@ class Workshop:
     saturation_free: bool
     seed: int
     progress: Progress
+    losses: tuple[Loss, ...] | None = None
+    trained: dict[float, dict[str, float]] = field(default_factory=dict)
     _pruned: dict[float, tuple[Network, Plan]] = field(default_factory=dict)
     _statistics: dict[float, Statistics] = field(default_factory=dict)
     _networks: dict[Variant, tuple[Network, Plan]] = field(default_factory=dict)
@@ -130,11 +134,15 @@ class Workshop:
                 network,
                 self.original,
                 self.train,
+                losses=self.losses,
                 seconds=seconds,
                 seed=self.seed,
                 progress=step,
             )
         self._pruned[keep] = (recovered.network, plan)
+        self.trained[keep] = {"epochs": recovered.epochs, "seconds": recovered.seconds}
+        if recovered.stopped:
+            self.progress.say(f"{Variant(keep).name}: {recovered.stopped}")
         self._statistics.pop(keep, None)
         for variant in [v for v in self._networks if v.keep == keep]:
             del self._networks[variant]

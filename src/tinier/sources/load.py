@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import tinier.sources
+from tinier.data.first import first_inputs
 from tinier.errors import ModelError
 from tinier.network import Example, Network
 from tinier.registry import implementations
@@ -50,6 +51,19 @@ def load(model: Any, example: Example | None = None, *, name: str | None = None)
         f"model: a {type(model).__name__} cannot be compressed; give an nn.Module, an .onnx file or a "
         "Hugging Face directory"
     )
+
+
+def load_for(model: Any, example: Example | None, data: Any) -> Network:
+    """``load``; where the model does not say itself what it takes and there is no example, it comes from the data."""
+    if example is not None:
+        return load(model, example)
+    try:
+        return load(model)
+    except ModelError:
+        first = first_inputs(data)
+        if first is None:
+            raise
+        return load(model, first)
 
 
 def _renamed(network: Network, name: str) -> Network:

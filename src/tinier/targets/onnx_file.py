@@ -48,7 +48,8 @@ def to_onnx(network: Network) -> onnx.ModelProto:
                 optimize=True,
                 verbose=False,
             )
-    except torch.onnx.errors.OnnxExporterError as error:
+    # The exporter's passes raise errors of several packages that have no common base.
+    except Exception as error:
         raise RefusedError(f"{network.name} cannot be written as ONNX: {_reason(error)}") from error
     assert program is not None
     model = program.model_proto

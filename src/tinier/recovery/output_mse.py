@@ -10,7 +10,7 @@ from tinier.recovery.base import Loss
 
 
 @dataclass(frozen=True)
-class OutputError(Loss):
+class OutputMSE(Loss):
     """``mean((y_student − y_teacher)²) / var(y_teacher)``, a mean over the outputs that are floats.
 
     Dividing by the variance of the batch makes outputs of different scales weigh the same: 1 is as good as a constant.
@@ -19,7 +19,7 @@ class OutputError(Loss):
         weight: factor of the loss.
     """
 
-    name: ClassVar[str] = "output_error"
+    name: ClassVar[str] = "output_mse"
     weight: float = 1.0
 
     def __call__(
@@ -32,5 +32,5 @@ class OutputError(Loss):
             if ours.is_floating_point()
         ]
         if not errors:
-            raise ValueError("OutputError: no output of the network is a float")
+            raise ValueError("OutputMSE: no output of the network is a float")
         return self.weight * torch.stack(errors).mean()
