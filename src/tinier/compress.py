@@ -18,7 +18,7 @@ from tinier.measure.metrics import metric as metric_of
 from tinier.network import Example
 from tinier.output import FULL, check_output
 from tinier.progress import Progress, Silent
-from tinier.recovery import output_error
+from tinier.recovery.output_mse import OutputMSE
 from tinier.report.folder import write
 from tinier.search.candidate import Limits, Result
 from tinier.search.driver import Search
@@ -130,7 +130,7 @@ def compress(
             saturation_free=not machine().vnni,
             seed=seed,
             progress=progress,
-            losses=(output_error.OutputError(),) if judged.classifies is False else None,
+            losses=(OutputMSE(),) if judged.classifies is False else None,
         )
         searched = Judge(network, parts.searched, judged, fixed or EVALUATED, progress)
         unseen = Judge(network, parts.unseen, judged, fixed or EVALUATED, progress)

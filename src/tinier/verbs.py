@@ -24,6 +24,7 @@ from tinier.output import check_output, whole
 from tinier.recovery.loop import recover as train_student
 from tinier.report.folder import PLAN, WEIGHTS, save_weights
 from tinier.sources.load import load as load_source
+from tinier.sources.load import load_for
 from tinier.statistics import collect
 from tinier.targets.base import Artifact, targets_for
 
@@ -103,7 +104,9 @@ def quantize(
         ranges: "minmax" or "mse".
         bits: of weights and activations.
     """
-    network = _network(model, example)
+    if data is None:
+        raise InputError("quantize needs data: a few hundred examples that ranges are taken from")
+    network = load_for(model, example, data) if not isinstance(model, Smaller) else model.network
     examples = _examples(data, network)
     batches = (inputs for inputs, _ in examples.batches(BATCH))
     method = StaticQuantization(ranges=ranges, bits=bits, saturation_free=not machine().vnni)
