@@ -158,7 +158,7 @@ def test_model_data_and_random_state_are_unchanged(tmp_path: Path, cnn: nn.Modul
     before, images_before, labels_before = state(cnn), x.clone(), y.clone()
     random = torch.get_rng_state()
     try:
-        with steady((0.5,), most=2.1):
+        with steady((0.5,)):
             compress(
                 cnn, (x, y), example=EXAMPLE, train=train, target="torch", budget=30, threads=1
             )

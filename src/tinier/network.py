@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from inspect import Parameter, signature
 from pathlib import Path
@@ -27,12 +27,14 @@ class Network:
         example: input name → tensor; dimension 0 of each is the batch, 2 or more where the model's batch size is free.
         name: what tables and files call it.
         folder: the Hugging Face directory it came from, whose tokenizer and config travel with its artifacts.
+        notes: what the user should know of how it was read, a sentence each.
     """
 
     module: nn.Module
     example: Mapping[str, Tensor]
     name: str = "model"
     folder: Path | None = field(default=None)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def traced(self) -> Traced:
@@ -53,7 +55,7 @@ class Network:
 
     def copy(self) -> "Network":
         """The same network with a module of its own."""
-        return Network(copy.deepcopy(self.module), self.example, self.name, self.folder)
+        return replace(self, module=copy.deepcopy(self.module))
 
 
 def name_inputs(module: nn.Module, example: Example) -> dict[str, Tensor]:

@@ -20,6 +20,9 @@ from tinier.network import Network
 from tinier.statistics import Statistics
 
 
+WIDTHS = 4  # a group has at least this many widths to choose from, rounded less where it is narrow
+
+
 @dataclass(frozen=True)
 class ChannelPruning(Method):
     """Rank the channels of all groups against each other and cut the lowest until the cost is low enough.
@@ -31,7 +34,7 @@ class ChannelPruning(Method):
         keep: the share of the cost that may be left, in (0, 1].
         of: what is counted: "macs" at batch 1, or "parameters".
         criterion: scores the channels.
-        round_to: widths become multiples of this where the target allows it; runtimes like 8.
+        round_to: widths become multiples of this where the target allows it, of less in narrow groups; runtimes like 8.
         min_keep: the smallest share of a group's channels that stays.
         cost_weight: 0 ranks by score alone, 1 by score for each unit of cost.
         normalised: whether groups that a layer norm, RMS norm or softmax runs over, as over the residual width of a transformer, are cut.
@@ -173,7 +176,10 @@ class ChannelPruning(Method):
         for slot in group.slots:
             inner = gcd(inner, _multiplicity(slot.axis, group.atom))
         step = rounding // gcd(rounding, inner)
-        return step if group.size >= 2 * step else 1
+        # Narrow groups need some widths to choose from: 8 and 16 alone are too coarse for 16 channels.
+        while step > 1 and group.size < WIDTHS * step:
+            step //= 2
+        return max(step, 1)
 
 
 def _multiplicity(axis: object, atom: Atom) -> int:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from tinier.sources import onnx_operators as operators
-from tinier.sources.onnx_layers import linear_layers, node_name, parameters
+from tinier.sources.onnx_layers import embeddings, linear_layers, node_name, parameters
+from tinier.sources.onnx_names import rename, untie_vectors
 
 Free = Mapping[tuple[str, int], str]  # (input, dimension) → symbol
 Sizes = dict[str, int]  # symbol → size
@@ -59,16 +60,24 @@ SHAPES = ("_get_shape", "_get_size", "_size")
 FEW = 64
 
 
-def rewrite(imported: fx.GraphModule, inputs: Mapping[str, Tensor], free: Free) -> fx.GraphModule:
+def rewrite(
+    imported: fx.GraphModule,
+    inputs: Mapping[str, Tensor],
+    free: Free,
+    own: Mapping[str, str],
+) -> fx.GraphModule:
     """A network that ``torch.export`` can trace, whose weights are parameters.
 
     Args:
         imported: what onnx2fx made; left as it is.
         inputs: example by input name.
-        free: the dimensions of inputs whose size is to stay free, and their symbol.
+        free: the dimensions of inputs whose size is to stay free, and their symbol; other dimensions of token ids are
+            fixed.
+        own: of each weight the name in the file.
 
     Returns:
-        The same function of the same inputs.
+        The same function of the same inputs. Weights have their names in the file or, where that could be a name that an
+        exporter makes up, one after their layer.
 
     Raises:
         ValueError: a shape is no polynomial in the free sizes.
@@ -84,12 +93,16 @@ def rewrite(imported: fx.GraphModule, inputs: Mapping[str, Tensor], free: Free) 
     _selections(module)
     _shapes_to_numbers(module, inputs, free)
     _plain_operators(module)
+    _know_sizes(module, inputs, free)
     linear_layers(module)
+    embeddings(module)
     graph.eliminate_dead_code()
+    untie_vectors(module)
     parameters(module)
     used = {node.target for node in graph.find_nodes(op="get_attr")}
     for name in [name for name, _ in module.named_buffers() if name not in used]:
         delattr(module, name)
+    rename(module, own)
     graph.lint()
     module.recompile()
     return module.eval()
@@ -132,7 +145,8 @@ def _shapes_to_numbers(module: fx.GraphModule, inputs: Mapping[str, Tensor], fre
         runs.append((dict(base), _constants(module, shape_nodes)))
     for sizes in _probes(symbols, base) if not runs else ():
         recorder = _Recorder(module, shape_nodes)
-        recorder.run(*_resized(module, inputs, free, sizes).values())
+        batch = resized(inputs, free, sizes)
+        recorder.run(*(batch[str(n.target)] for n in graph.find_nodes(op="placeholder")))
         runs.append((sizes, recorder.values))
     numbers = _Numbers(module, free, runs)
     tables = {node for node in shape_nodes if not numbers.few(node)}
@@ -204,18 +218,16 @@ def _probes(symbols: Sequence[str], base: Sizes) -> list[Sizes]:
     return probes
 
 
-def _resized(
-    module: fx.GraphModule, inputs: Mapping[str, Tensor], free: Free, sizes: Sizes
-) -> dict[str, Tensor]:
-    resized = {}
-    for node in module.graph.find_nodes(op="placeholder"):
-        value = inputs[str(node.target)]
+def resized(inputs: Mapping[str, Tensor], free: Free, sizes: Sizes) -> dict[str, Tensor]:
+    """The inputs with other sizes of their free dimensions, repeated or cut."""
+    batch = {}
+    for name, value in inputs.items():
         for dim in range(value.ndim):
-            symbol = free.get((str(node.target), dim))
-            if symbol is not None:
-                value = value.index_select(dim, torch.arange(sizes[symbol]) % value.shape[dim])
-        resized[str(node.target)] = value
-    return resized
+            size = sizes.get(free.get((name, dim), ""))
+            if size is not None:
+                value = value.index_select(dim, torch.arange(size) % value.shape[dim])
+        batch[name] = value
+    return batch
 
 
 class _Numbers:
@@ -326,6 +338,9 @@ def _plain_operators(module: fx.GraphModule) -> None:
         "_global_max_pool": operators.max_pool,
         "_reduce_max": operators.maximum,
         "_reduce_min": operators.minimum,
+        "_gather_nd": operators.gather_nd,
+        "_scatter_nd_none": operators.scatter_nd,
+        "_scatter_nd_add": operators.scatter_nd_add,
     }
     for node in module.graph.nodes:
         if node.op != "call_function":
@@ -340,6 +355,36 @@ def _plain_operators(module: fx.GraphModule) -> None:
             node.args = (node.args[0], tuple(node.args[1]))
         if function is not None:
             node.target = function
+
+
+def _know_sizes(module: fx.GraphModule, inputs: Mapping[str, Tensor], free: Free) -> None:
+    """Say which sizes of inputs are equal, and which ones are fixed.
+
+    A trace would take every dimension of token ids that it can for free, and the batch of each input for one of its own.
+    """
+    first: dict[str, fx.Node] = {}
+    holders = list(module.graph.find_nodes(op="placeholder"))
+    anchor = holders[-1].next
+    for holder in holders:
+        value = inputs[str(holder.target)]
+        users = list(holder.users)
+        sizes: dict[int, Any] = {}
+        with module.graph.inserting_before(anchor):
+            for dim in range(value.ndim):
+                symbol = free.get((str(holder.target), dim))
+                if symbol in first:
+                    sizes[dim] = first[symbol]
+                elif symbol is not None:
+                    args: tuple[Any, ...] = (holder, dim)
+                    first[symbol] = module.graph.call_function(torch.ops.aten.sym_size.int, args)
+                elif value.shape[dim] > 1 and not value.is_floating_point():
+                    sizes[dim] = value.shape[dim]
+            if not sizes:
+                continue
+            args = (holder, list(sizes), list(sizes.values()))
+            known = module.graph.call_function(operators.of_sizes, args)
+        for user in users:
+            user.replace_input_with(holder, known)
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -65,6 +65,18 @@ def linear_layers(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
 
 
+def embeddings(module: fx.GraphModule) -> None:
+    """Rows of a constant float matrix, chosen by data, as an embedding."""
+    for node in module.graph.nodes:
+        if node_name(node) != "_gather" or node.args[2] != 0:
+            continue
+        table, indices = node.args[:2]
+        weight = _constant(module, table)
+        if weight is None or weight.ndim != 2 or indices.op == "get_attr":
+            continue
+        node.args, node.target = (indices, table), F.embedding
+
+
 def _constant(module: fx.GraphModule, node: Any) -> Tensor | None:
     """The float constant that a node reads, or None."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":

@@ -55,8 +55,10 @@ def pad(value: Tensor, pads: Sequence[int], mode: str, fill: float | Tensor) -> 
 
 
 def average_pool(value: Tensor) -> Tensor:
-    """ONNX GlobalAveragePool."""
-    pools = {3: F.adaptive_avg_pool1d, 4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
+    """ONNX GlobalAveragePool; of three dimensions it may also be the mean of a norm over features."""
+    if value.ndim == 3:
+        return value.mean(dim=2, keepdim=True)
+    pools = {4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
     return pools[value.ndim](value, 1)  # type: ignore[no-any-return]
 
 
@@ -80,3 +82,34 @@ def minimum(value: Tensor, axes: Sequence[int] | None, keep: bool, nothing: bool
 def tensor_of(values: Sequence[float], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor of numbers, some of which are sizes of the graph."""
     return torch.stack([torch.full((), value, dtype=dtype) for value in values]).reshape(shape)
+
+
+def gather_nd(data: Tensor, indices: Tensor, batch_dims: int = 0) -> Tensor:
+    """ONNX GatherND: the last dimension of ``indices`` is one index into ``data``."""
+    return data[_coordinates(data, indices, batch_dims)]
+
+
+def scatter_nd(data: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    """ONNX ScatterND: ``data`` with other values at some indices."""
+    return data.index_put(_coordinates(data, indices, 0), updates)
+
+
+def scatter_nd_add(data: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    """ONNX ScatterND that adds."""
+    return data.index_put(_coordinates(data, indices, 0), updates, accumulate=True)
+
+
+def _coordinates(data: Tensor, indices: Tensor, batch_dims: int) -> tuple[Tensor, ...]:
+    rank = indices.ndim - 1
+    shared = [
+        torch.arange(data.shape[dim]).reshape([-1 if i == dim else 1 for i in range(rank)])
+        for dim in range(batch_dims)
+    ]
+    return (*shared, *indices.long().unbind(-1))
+
+
+def of_sizes(value: Tensor, dims: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """The value, of which some sizes are known."""
+    for dim, size in zip(dims, sizes, strict=True):
+        torch._check(value.shape[dim] == size)
+    return value
