@@ -81,7 +81,7 @@ def judges(pairs: Sequence[tuple[Candidate, Quality]], **other: Any) -> tuple[Fa
     return FakeJudge(searched), FakeJudge({id(c): q for c, q in pairs}, **other)
 
 
-def test_the_fastest_certified_is_taken() -> None:
+def test_the_best_certified_is_taken() -> None:
     safe = candidate(3.0, 900, flips(0))
     fast = candidate(1.0, 300, flips(8))
     wrong = candidate(0.2, 100, flips(300))
@@ -98,6 +98,13 @@ def test_the_fastest_certified_is_taken() -> None:
     assert wrong.certificate and wrong.certificate.holds is False
     assert "cannot be certified: measured 9.67 points on 3,000 unseen" in wrong.reason
     assert "more examples would not help" in wrong.reason
+
+
+def test_half_the_size_outweighs_a_tenth_of_the_time() -> None:
+    quick, small = candidate(1.0, 400, flips(0)), candidate(1.1, 200, flips(0))
+    searched, unseen = judges([(quick, flips(0)), (small, flips(0))])
+    best, met, _ = choose([quick, small], Limits(0.01), WORKSHOP, searched, unseen, DELTA)
+    assert best is small and met
 
 
 def test_testing_stops_at_the_first_failure() -> None:

@@ -113,7 +113,7 @@ def compress(
             metric or ("accuracy" if parts.searched.labelled else "agreement"),
             parts.searched.labelled,
         )
-    for note in parts.searched.notes:
+    for note in (*network.notes, *parts.searched.notes):
         progress.say(note)
     fixed = None if network.traced.batched else len(next(iter(network.example.values())))
 

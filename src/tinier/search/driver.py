@@ -17,7 +17,7 @@ HOPELESS = 4.0  # a runtime this many times slower than the fastest is not caugh
 KEEPS = (0.75, 0.5, 0.25)  # shares of the MACs that pruning is tried at
 RANGES = ("minmax", "mse")
 RESERVE = 0.2  # share of the budget kept from training for measuring and certifying
-FIRST_SHARE = 0.5  # share of the training time that is left for the network trained next
+FIRST_SHARE = 0.6  # share of the training time that is left for the network trained next
 LEAST_TRAINING = 2.0  # seconds; less is not worth it
 
 
@@ -42,6 +42,7 @@ class Search:
         self.table: list[Candidate] = []
         self.interrupted = False
         self.started = time.monotonic()
+        self.building = 0.0  # seconds that one candidate takes to build
 
     def run(self) -> list[Candidate]:
         """Every candidate with what was measured of it; Ctrl-C ends the search early and keeps what there is."""
@@ -73,6 +74,7 @@ class Search:
         variants = [Variant(ranges=RANGES[0])]
         for keep in KEEPS:
             variants += [Variant(keep), Variant(keep, RANGES[0])]
+        begin = time.monotonic()
         with self.progress.task("building candidates", len(variants) * len(targets)) as step:
             for variant in variants:
                 for target in targets:
@@ -83,6 +85,7 @@ class Search:
                     else:
                         self.workshop.lower(candidate)
                     step.add()
+        self.building = (time.monotonic() - begin) / (len(variants) * len(targets))
         self._time([c for c in self.table if c.status == "waiting"], share=0.05)
 
     def _worthwhile(self) -> list[str]:
@@ -190,7 +193,9 @@ class Search:
         while keeps:
             keep = keeps.pop(0)
             mine = [c for c in self._waiting() if c.variant.keep == keep]
-            left = self.deadline - time.monotonic() - RESERVE * self._budget
+            # What is trained is built and judged again, and so will be what is still in the list.
+            again = sum(c.variant.keep in (keep, *keeps) for c in self._waiting())
+            left = self.deadline - time.monotonic() - RESERVE * self._budget - again * self.building
             seconds = left * (FIRST_SHARE if keeps else 1)
             if seconds < LEAST_TRAINING:
                 for candidate in mine:

@@ -73,7 +73,8 @@ def _why_not(candidate: Candidate, result: Result, searched: Judge) -> str:
         return f"{searched.said(candidate.loss)} worse, {searched.said(limit)} allowed"
     if candidate.certificate is not None:
         return (
-            f"certified too, in {_speed(candidate) / _speed(best):.2f}× the time of the one taken"
+            f"certified too, with {_speed(candidate) / _speed(best):.2f}× the latency and "
+            f"{(candidate.size or 0) / (best.size or 1):.2f}× the size of the one taken"
         )
     if best.certificate is None and result.met:
         return f"{_speed(candidate) / _speed(best):.1f}× as slow as the one taken"
@@ -95,7 +96,7 @@ def choose(
     """Take the best candidate inside the limits and certify it.
 
     With a limit on the loss: candidates that keep the other limits are tested in a fixed order on unseen data, up to the first
-    that fails; the fastest of those that passed is taken. Each of them is certified at level 1 − δ at once.
+    that fails; of those that passed, the one with the least latency × size is taken. Each of them is certified at level 1 − δ at once.
     Without one: the least loss on the search part among those inside the limits, the faster of equals; its
     loss is then bounded on unseen data.
 
@@ -136,8 +137,8 @@ def choose(
                 return candidate, False, candidate.reason
             break
         passed.append(candidate)
-    best = min(passed, key=_speed)
-    return best, True, "the fastest of those certified inside the limits"
+    best = min(passed, key=_cost)
+    return best, True, "the least latency × size of those certified inside the limits"
 
 
 def _test(
@@ -158,7 +159,11 @@ def _so_far(candidates: Sequence[Candidate], limits: Limits) -> tuple[Candidate 
     inside = [c for c in candidates if not _broken(c, limits)]
     passed = [c for c in inside if c.certificate and c.certificate.holds]
     if passed:
-        return min(passed, key=_speed), True, "interrupted; the fastest of those certified by then"
+        return (
+            min(passed, key=_cost),
+            True,
+            "interrupted; the least latency × size of those certified by then",
+        )
     nearest = min(inside or candidates, key=lambda c: (_excess(c, limits), _speed(c)))
     return nearest, False, "interrupted before anything was certified"
 
@@ -172,7 +177,7 @@ def _uncertified(
     if not kept:
         nearest = min(inside, key=lambda c: (c.loss, _speed(c)))
         return nearest, False, f"the least loss is {searched.said(nearest.loss or 0)}; {why}"
-    return min(kept, key=_speed), True, f"not certified: {why}"
+    return min(kept, key=_cost), True, f"not certified: {why}"
 
 
 def _failure(candidate: Candidate, verdict: Certificate, unseen: Judge, limit: float) -> str:
@@ -205,6 +210,11 @@ def _excess(candidate: Candidate, limits: Limits) -> float:
     if limits.max_size:
         ratios.append((candidate.size or 0) / limits.max_size)
     return max(ratios)
+
+
+def _cost(candidate: Candidate) -> float:
+    """Latency × size: twice as fast is worth as much as half the size, and neither unit matters."""
+    return _speed(candidate) * (candidate.size or 0)
 
 
 def _speed(candidate: Candidate) -> float:

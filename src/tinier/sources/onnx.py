@@ -73,7 +73,8 @@ class OnnxSource(Source):
                 network = _network(path, imported, batch, sizes, own)
                 kept = _kept(network, sizes)
                 if any(dim == 0 and (name, dim) not in kept for name, dim in sizes):
-                    reason = reason or f"{path}: an operator needs a fixed batch size"
+                    failure = ModelError(f"{path}: an operator needs a fixed batch size")
+                    reason = reason or str(failure)
                     continue
                 compare(path, network, names, kept)
             except ModelError as error:
@@ -152,7 +153,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """What the file declares free but is fixed, and why."""
     lost = [key for key in free if key not in kept]
-    why = f": {reason.removeprefix(f'{path}: ')}" if reason else ""
+    why = f": {reason.removeprefix(f'{path}: ')}" if reason else ": an operator needs this size"
     notes = []
     if any(dim == 0 for _, dim in lost):
         size = len(next(iter(network.example.values())))

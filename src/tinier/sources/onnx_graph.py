@@ -109,8 +109,17 @@ def rewrite(
 
 
 def _selections(module: fx.GraphModule) -> None:
-    """Gather of one constant index is a selection; it may count from the end, which the importer's function cannot."""
+    """Selections by index that the importer's functions do not make, or make one at a time, which fixes their number.
+
+    Gather of one constant index may count from the end.
+    """
+    coordinates = {
+        "_gather_nd": operators.gather_nd,
+        "_scatter_nd_none": operators.scatter_nd,
+        "_scatter_nd_add": operators.scatter_nd_add,
+    }
     for node in module.graph.nodes:
+        node.target = coordinates.get(node_name(node), node.target)
         index = node.args[1] if node_name(node) == "_gather" else None
         if isinstance(index, fx.Node) and index.op == "get_attr":
             value = module.get_buffer(str(index.target))
@@ -338,9 +347,6 @@ def _plain_operators(module: fx.GraphModule) -> None:
         "_global_max_pool": operators.max_pool,
         "_reduce_max": operators.maximum,
         "_reduce_min": operators.minimum,
-        "_gather_nd": operators.gather_nd,
-        "_scatter_nd_none": operators.scatter_nd,
-        "_scatter_nd_add": operators.scatter_nd_add,
     }
     for node in module.graph.nodes:
         if node.op != "call_function":

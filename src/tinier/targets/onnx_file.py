@@ -104,6 +104,11 @@ def _average_globally(model: onnx.ModelProto) -> None:
 def _name_dimensions(model: onnx.ModelProto) -> None:
     """Free dimensions of the inputs are called batch and sequence_length; those computed from them have no name."""
     names: dict[str, str] = {}
+    for value in [*model.graph.input, *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            # The exporter's name of a size that it found to have one value.
+            if dim.dim_param.isdecimal():
+                dim.dim_value = int(dim.dim_param)
     for value in model.graph.input:
         for index, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param and dim.dim_param not in names:
