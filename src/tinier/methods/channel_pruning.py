@@ -19,7 +19,6 @@ from tinier.methods.base import Method
 from tinier.network import Network
 from tinier.statistics import Statistics
 
-
 WIDTHS = 4  # a group has at least this many widths to choose from, rounded less where it is narrow
 
 
