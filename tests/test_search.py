@@ -266,7 +266,10 @@ class FakeWorkshop:
         self.batch, self.seed, self.threads = 1, 0, 1
         self.lowered: list[Candidate] = []
 
-    def lower(self, candidate: Candidate) -> None:
+    def refine(self, candidate: Candidate) -> bool:
+        return False
+
+    def lower(self, candidate: Candidate, rough: bool = False) -> None:
         cost = self.costs.get(self.key(candidate), "not in the table")
         self.lowered.append(candidate)
         if isinstance(cost, str):

@@ -7,6 +7,8 @@ from typing import Any
 from tinier.report import words
 from tinier.search.candidate import Candidate, Result
 
+NOISY = 1.5  # high end over low end of a 95 % interval of the median, beyond which the median is not trusted
+
 
 def rows(result: Result) -> list[dict[str, Any]]:
     """One JSON-able dict a candidate, in the order of the table; what was not measured is None.
@@ -57,10 +59,17 @@ def in_torch(result: Result) -> Candidate | None:
 
 
 def faster(candidate: Candidate, than: Candidate | None) -> float | None:
-    """How many times as fast a candidate is, by medians; None where one of the two was not measured."""
+    """How many times as fast a candidate is, by medians; None where one of the two was not measured.
+
+    On a machine so busy that an interval is wide, by the ends of the intervals that claim least: a median of such timings says nothing.
+    """
     if than is None or than.latency is None or candidate.latency is None:
         return None
-    return _number(than.latency.median / candidate.latency.median)
+    ours, theirs = candidate.latency, than.latency
+    if max(ours.high / ours.low, theirs.high / theirs.low) > NOISY:
+        least = (theirs.low / ours.high, theirs.high / ours.low)
+        return _number(min(least, key=lambda ratio: abs(math.log(ratio))))
+    return _number(theirs.median / ours.median)
 
 
 def smaller(candidate: Candidate, than: Candidate | None) -> float | None:
@@ -170,7 +179,10 @@ def _parity(parity: Any) -> str:
     if not parity.passed:
         return f"differs: {parity.reason}" if parity.reason else "differs"
     worst = max((abs(row.relative) for row in parity.rows), default=None)
-    return "agrees" if worst is None else f"agrees, within {words.percent(worst)} of the range"
+    if worst is None:
+        return "agrees"
+    within = "0.001 %" if worst < 1e-5 else f"{100 * worst:.2g} %"
+    return f"agrees, within {within} of the range"
 
 
 def _number(value: float | None) -> float | None:

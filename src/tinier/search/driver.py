@@ -83,7 +83,7 @@ class Search:
                     if time.monotonic() > self.started + (1 - RESERVE) * self._budget:
                         candidate.drop("not tried: the time budget was used up")
                     else:
-                        self.workshop.lower(candidate)
+                        self.workshop.lower(candidate, rough=True)
                     step.add()
         self.building = (time.monotonic() - begin) / (len(variants) * len(targets))
         self._time([c for c in self.table if c.status == "waiting"], share=0.05)
@@ -171,7 +171,7 @@ class Search:
             candidate.quality, candidate.loss = self.judge.original, 0.0  # the reference itself
             return
         # A twin shares the cost of its sibling, a recovered network has new weights: both need artifacts of their own.
-        if candidate.artifact is None or candidate.recovered:
+        if candidate.artifact is None or candidate.recovered or self.workshop.refine(candidate):
             self.workshop.lower(candidate)
         if candidate.status == "dropped":
             return

@@ -1,5 +1,6 @@
 """Where candidates are built: each variant of the network once, each of its artifacts once."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,11 @@ from tinier.statistics import Statistics, collect
 from tinier.targets.base import Session, Target
 
 CALIBRATION = 512  # examples from which ranges are taken
+FEW = 16  # examples from which they are taken to time a network
+QUICK = 5.0  # seconds of calibration that are spent even to time a network
+LONGEST = (
+    60.0  # seconds of calibration at the most; fewer examples are used on networks that take longer
+)
 BATCH = 64  # examples a step while calibrating
 
 
@@ -53,6 +59,8 @@ class Workshop:
     progress: Progress
     losses: tuple[Loss, ...] | None = None
     trained: dict[float, dict[str, float]] = field(default_factory=dict)
+    _rough: set[float] = field(default_factory=set)
+    _rough_built: set[tuple[Variant, str]] = field(default_factory=set)
     _pruned: dict[float, tuple[Network, Plan]] = field(default_factory=dict)
     _statistics: dict[float, Statistics] = field(default_factory=dict)
     _networks: dict[Variant, tuple[Network, Plan]] = field(default_factory=dict)
@@ -71,8 +79,24 @@ class Workshop:
             self._pruned[keep] = (network, plan)
         return self._pruned[keep]
 
-    def build(self, variant: Variant) -> tuple[Network, Plan]:
+    def refine(self, candidate: Candidate) -> bool:
+        """Whether the candidate's artifact must be built anew: its ranges are of a few examples, enough to time it but not to judge it."""
+        keep = candidate.variant.keep
+        if keep in self._rough:
+            self._rough.discard(keep)
+            self._forget([v for v in self._networks if v.keep == keep and v.ranges])
+            self._statistics.pop(keep, None)
+        built = (candidate.variant, candidate.target)
+        rough = built in self._rough_built
+        self._rough_built.discard(built)
+        return rough
+
+    def build(self, variant: Variant, rough: bool = False) -> tuple[Network, Plan]:
         """The network of a variant and the plan from the original to it.
+
+        Args:
+            variant: what to build.
+            rough: whether ranges from a few examples will do, where all of them would take long.
 
         Raises:
             RefusedError: a method cannot take the network.
@@ -81,7 +105,7 @@ class Workshop:
             network, plan = self.pruned(variant.keep)
             if variant.ranges:
                 if variant.keep not in self._statistics:
-                    self._statistics[variant.keep] = collect(network, self._calibration())
+                    self._statistics[variant.keep] = self._collect(network, variant.keep, rough)
                 method = StaticQuantization(
                     ranges=variant.ranges, saturation_free=self.saturation_free
                 )
@@ -90,15 +114,35 @@ class Workshop:
             self._networks[variant] = (network, plan)
         return self._networks[variant]
 
-    def lower(self, candidate: Candidate) -> None:
+    def _collect(self, network: Network, keep: float, rough: bool) -> Statistics:
+        begin = time.monotonic()
+        statistics = collect(network, self._calibration(FEW))
+        each = (time.monotonic() - begin) / FEW
+        if rough and each * CALIBRATION > QUICK:
+            self._rough.add(keep)
+            return statistics
+        count = min(CALIBRATION, max(FEW, int(LONGEST / max(each, 1e-9))))
+        with self.progress.task("calibrating", None):
+            return collect(network, self._calibration(count))
+
+    def _forget(self, variants: list[Variant]) -> None:
+        for variant in variants:
+            del self._networks[variant]
+            self._onnx.pop(variant, None)
+
+    def lower(self, candidate: Candidate, rough: bool = False) -> None:
         """Write the candidate's artifact and prove that it computes what the network does; a refusal drops the candidate."""
         target = self.targets[candidate.target]
         try:
-            network, _ = self.build(candidate.variant)
+            network, _ = self.build(candidate.variant, rough)
             refusal = target.refuses(network)
             if refusal:
                 candidate.drop(f"{candidate.target} cannot take it: {refusal}")
                 return
+            if candidate.variant.ranges and candidate.variant.keep in self._rough:
+                self._rough_built.add((candidate.variant, candidate.target))
+            # A runtime may have mapped the file that is written again.
+            self._sessions.pop((candidate.variant, candidate.target), None)
             folder = self.folder / candidate.variant.slug / candidate.target
             folder.mkdir(parents=True, exist_ok=True)
             candidate.artifact = target.lower(network, folder, self._onnx.get(candidate.variant))
@@ -143,13 +187,12 @@ class Workshop:
         self.trained[keep] = {"epochs": recovered.epochs, "seconds": recovered.seconds}
         if recovered.stopped:
             self.progress.say(f"{Variant(keep).name}: {recovered.stopped}")
+        self._rough.discard(keep)
         self._statistics.pop(keep, None)
-        for variant in [v for v in self._networks if v.keep == keep]:
-            del self._networks[variant]
-            self._onnx.pop(variant, None)
+        self._forget([v for v in self._networks if v.keep == keep])
 
-    def _calibration(self) -> Iterator[dict[str, Tensor]]:
+    def _calibration(self, count: int) -> Iterator[dict[str, Tensor]]:
         size = BATCH if self.original.traced.batched else len(self.inputs(1))
-        rows = range(min(CALIBRATION, len(self.calibration)))
+        rows = range(min(count, len(self.calibration)))
         for inputs, _ in self.calibration.subset(rows).batches(size):
             yield inputs
