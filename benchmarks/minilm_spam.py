@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tinier
 
-TRAINED, LENGTH, STEPS = 2000, 64, 150
+TRAINED, LENGTH, STEPS = 2000, 64, 100
 
 
 def body(text: str) -> str:
@@ -97,7 +97,7 @@ if __name__ == "__main__":
                 str(folder / "test.csv"),
                 train=str(folder / "train.csv"),
                 max_drop="1%",
-                budget="15m",
+                budget="8m",
                 out=folder / "out",
                 max_length=LENGTH,
                 progress=bars,

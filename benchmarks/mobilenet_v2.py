@@ -24,7 +24,7 @@ PHOTOS = (
     "ihc.png",
     "retina.jpg",
 )
-CROPS = 3000
+CROPS = 2000
 
 
 def convolution(

@@ -15,6 +15,7 @@ from tinier.measure.memory import Memory
 from tinier.measure.metrics import Accuracy, Function
 from tinier.measure.quality import Quality
 from tinier.measure.score import Metric
+from tinier.progress import Silent
 from tinier.search import driver
 from tinier.search.candidate import Candidate, Limits, Variant, beats
 from tinier.search.driver import Search
@@ -46,6 +47,8 @@ class FakeJudge(Judge):
         interrupt_at: int = -1,
     ) -> None:
         self.metric = metric or Accuracy()
+        self.progress = Silent()
+        self.part = "a part"
         self.examples = Examples(Arrays({"x": torch.zeros(n, 1)}))
         vars(self)["original"] = flips(0, n=n)
         self.qualities = qualities
@@ -146,7 +149,7 @@ def test_nothing_inside_gives_the_nearest_miss_and_the_reason() -> None:
         [far, near], Limits(0.01, max_latency=5.0), WORKSHOP, searched, unseen, DELTA
     )
     assert (best, met) == (near, False)
-    assert reason == "no candidate keeps the limits; the nearest: 6 ms, 5 ms allowed"
+    assert reason == "no candidate keeps them; the nearest has 6 ms, 5 ms allowed"
     # A network that is wrong throughout is not near, however fast it is.
     wrong = candidate(5.2, 100, flips(2000))
     searched, unseen = judges([(near, flips(0)), (wrong, flips(2000))])
@@ -333,7 +336,7 @@ def test_the_speed_gate_comes_before_any_quality(monkeypatch: pytest.MonkeyPatch
         dropped = found["onnxruntime", keep, ranges]
         assert dropped.status == "dropped" and dropped.quality is None
         assert dropped.reason == (
-            f"neither faster nor smaller than the original on onnxruntime ({ms} against 2 ms)"
+            f"neither faster nor smaller than the original on onnxruntime ({ms} against 2 ms, timed together)"
         )
         assert dropped not in judge.asked
     assert found["onnxruntime", 0.5, "minmax"].reason == "this cannot be quantized"
@@ -354,7 +357,10 @@ def test_only_the_fastest_runtime_of_a_variant_goes_on(monkeypatch: pytest.Monke
     made, _ = search(monkeypatch, shop, Limits(0.01))
     table = made.run()
     reasons = {FakeWorkshop.key(c): c.reason for c in table}
-    assert reasons["onnxruntime", 1.0, "minmax"] == "the same network is 2.0× as fast on openvino"
+    assert (
+        reasons["onnxruntime", 1.0, "minmax"]
+        == "the same network is 2.0× as fast on openvino, timed together"
+    )
     assert not [c for c in shop.lowered if c.target == "torch" and not c.original]
     assert any("torch needs 80.0× the time of openvino" in text for text in made.progress.said)  # type: ignore[attr-defined]
 

@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Make a trained neural network smaller and faster, and prove what it cost.",
-    epilog="Exit codes: 0 done; 2 wrong input; 3 no candidate keeps the limits (the nearest is in the folder); "
+    epilog="Exit codes: 0 done; 1 a bug of tinier's; 2 wrong input; 3 no candidate keeps the limits (the nearest is in the folder); "
     "4 a result does not hold; 130 interrupted (the best so far is in the folder).",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on standard output.")]
@@ -327,7 +327,8 @@ def _finish(result: Result, as_json: bool) -> None:
             }
         )
     else:
-        console = Console()
+        # Nobody sees columns in a file or a pipe: nothing needs to be left out there.
+        console = Console(width=None if sys.stdout.isatty() else 160)
         show(result, console)
         if result.folder:
             console.print(

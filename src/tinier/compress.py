@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from tinier.data.base import Examples
-from tinier.errors import InputError, OutputError
+from tinier.errors import DataError, InputError, OutputError
 from tinier.measure.machine import default_threads, machine
+from tinier.measure.metrics import Metric
 from tinier.measure.metrics import metric as metric_of
 from tinier.network import Example
 from tinier.output import FULL, check_output
@@ -21,6 +22,7 @@ from tinier.progress import Progress, Silent
 from tinier.recovery.output_mse import OutputMSE
 from tinier.report.folder import write
 from tinier.search.candidate import Limits, Result
+from tinier.search.certificate import least_examples
 from tinier.search.driver import Search
 from tinier.search.judge import Judge
 from tinier.search.parts import Parts
@@ -113,7 +115,8 @@ def compress(
             metric or ("accuracy" if parts.searched.labelled else "agreement"),
             parts.searched.labelled,
         )
-    for note in (*network.notes, *parts.searched.notes):
+    _enough(limits, judged, len(parts.unseen), len(parts.searched), delta)
+    for note in (*network.notes, *parts.searched.notes, *parts.notes):
         progress.say(note)
     fixed = None if network.traced.batched else len(next(iter(network.example.values())))
 
@@ -133,13 +136,19 @@ def compress(
             losses=(OutputMSE(),) if judged.classifies is False else None,
         )
         searched = Judge(network, parts.searched, judged, fixed or EVALUATED, progress)
-        unseen = Judge(network, parts.unseen, judged, fixed or EVALUATED, progress)
+        unseen = Judge(
+            network, parts.unseen, judged, fixed or EVALUATED, progress, "certification part"
+        )
         facts = _facts(workshop, searched, unseen, delta, seconds, parts, options)
         search = Search(workshop, searched, limits, started + seconds, progress)
         table = search.run()
         result = conclude(table, limits, workshop, searched, unseen, delta)
         result.interrupted = result.interrupted or search.interrupted
         result.facts.update(facts, seconds=time.monotonic() - started)
+        if search.noisy:
+            result.facts["timing"] = (
+                "the machine was busy: intervals are wide, ratios are by their careful ends"
+            )
         result.facts["recovery"] = {f"{keep:g}": done for keep, done in workshop.trained.items()}
         if folder is None:
             kept = tempfile.mkdtemp(prefix="tinier-result-")
@@ -181,6 +190,25 @@ def _limits(
         None if max_latency is None else parse_milliseconds(max_latency),
         None if max_size is None else parse_bytes(max_size),
     )
+
+
+def _enough(limits: Limits, judged: Metric, unseen: int, searched: int, delta: float) -> None:
+    """Refuse a limit that not even perfect agreement on so few examples could certify, and one that says nothing."""
+    if limits.max_drop is None or judged.bounds is None:
+        return
+    spread = judged.bounds[1] - judged.bounds[0]
+    if limits.max_drop >= spread:
+        raise InputError(
+            f"max-drop {limits.max_drop:g} allows everything: {judged.name} goes from {judged.bounds[0]:g} to "
+            f"{judged.bounds[1]:g}; one point is 1% or 0.01"
+        )
+    needed = least_examples(limits.max_drop / spread, delta)
+    if needed is not None and unseen < needed:
+        whole = -(-needed * (unseen + searched) // unseen)
+        raise DataError(
+            f"{unseen:,} examples certify, of {unseen + searched:,} in all; a loss of at most {limits.max_drop:g} needs {needed:,} even "
+            f"if every answer agrees: give about {whole:,} examples, or allow a greater loss"
+        )
 
 
 def _facts(

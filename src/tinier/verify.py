@@ -16,15 +16,18 @@ from tinier.errors import DataError, InputError
 from tinier.measure.machine import default_threads
 from tinier.measure.metrics import Metric
 from tinier.measure.metrics import metric as metric_of
-from tinier.measure.quality import evaluate
+from tinier.measure.quality import evaluate, whole_batches
 from tinier.progress import Progress, Silent
 from tinier.report import words
 from tinier.report.folder import CERTIFICATE, PLAN, SCORES, WEIGHTS, sha256
-from tinier.search.certificate import Certificate, Floats, certify
+from tinier.search.certificate import STEP, Certificate, Floats, certify
 from tinier.search.parts import shuffled
 from tinier.targets.base import known_targets, targets_for
 
 TOLERANCE = 0.002  # share of examples whose score may differ between two CPUs, whose kernels round differently
+
+
+OURS = ("tinier.demo.run:test", "tinier.demo.run:train")  # functions that a record may name
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def verify(
     judged = metric_of(_trusted(metric or record["metric"], named, "--metric"), unseen.labelled)
     with progress.task("running the artifact", len(unseen)) as step:
         quality = evaluate(
-            session.run,
+            whole_batches(session.run, record["data"]["batch"]),
             unseen,
             judged,
             batch=record["data"]["batch"],
@@ -109,7 +112,8 @@ def verify(
     if quality.scores is None or len(quality.scores) != len(before):
         raise InputError(f"{folder / SCORES} does not fit the certification data")
     now = quality.scores
-    differing = float((now != before).mean())
+    # Scores that are not counts differ in their last digits from CPU to CPU.
+    differing = float((~np.isclose(now, before, rtol=1e-3, atol=1e-6)).mean())
     checks.append(
         Check(
             "scores",
@@ -122,9 +126,11 @@ def verify(
     bound = record["certificate"]["bound"]
     # A few scores may differ from CPU to CPU, and the bound with them.
     spread = judged.bounds[1] - judged.bounds[0] if judged.bounds else 1.0
-    holds = again.bound <= bound + 2 * differing * spread + 1e-9 and again.holds is not False
+    # … by a step of its grid.
+    slack = 2 * differing * spread + STEP * spread * bool((now != before).any()) + 1e-9
+    holds = again.bound <= bound + slack and again.holds is not False
     if record["certificate"]["holds"] is False:
-        holds = again.bound <= bound + 2 * differing * spread + 1e-9
+        holds = again.bound <= bound + slack
     checks.append(
         Check("certificate", holds, f"loss at most {again.bound:.4g}, recorded {bound:.4g}")
     )
@@ -143,6 +149,7 @@ def _proof(
             limit=record["certificate"]["limit"],
             delta=record["certificate"]["delta"],
             higher_is_better=metric.higher_is_better,
+            tested=int(record["certificate"]["tested"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{CERTIFICATE} cannot be recomputed: {error!r}") from error
@@ -228,8 +235,9 @@ def _trusted(spec: Any, named: bool, option: str) -> Any:
     Raises:
         InputError: the record names code that the user did not name.
     """
-    code = isinstance(spec, str) and FUNCTION.fullmatch(spec) and not Path(spec).exists()
-    if code and not named and not spec.startswith("tinier.demo."):
+    # A file of that name beside it changes nothing: a metric is imported all the same.
+    code = isinstance(spec, str) and FUNCTION.fullmatch(spec)
+    if code and not named and spec not in OURS:
         raise InputError(
             f"the result was made with the function {spec}; code that a file names is not run by itself: "
             f"if you trust it, say so: {option} {spec}"

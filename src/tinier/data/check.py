@@ -89,8 +89,12 @@ def _fits(name: str, got: Tensor, wanted: Tensor, network: Network) -> None:
             return
     raise DataError(
         f"{name}: each example has shape {tuple(got.shape[1:])}, the model needs "
-        f"({', '.join(map(str, needed))}){_hint(tuple(got.shape[1:]), tuple(wanted.shape[1:]))}"
+        f"{_shape(needed)}{_hint(tuple(got.shape[1:]), tuple(wanted.shape[1:]))}"
     )
+
+
+def _shape(sizes: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
 
 
 def _hint(got: tuple[int, ...], needed: tuple[int, ...]) -> str:
@@ -103,7 +107,7 @@ def _hint(got: tuple[int, ...], needed: tuple[int, ...]) -> str:
         return (
             f"; x.reshape(len(x), {', '.join(map(str, needed))}) if the order of values is the same"
         )
-    return ""
+    return "; prepare the data as the model was trained: cut, pad or resize them to that"
 
 
 def _finite(examples: Examples) -> None:

@@ -77,4 +77,4 @@ def _present(path: Path) -> None:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_file() and path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
+        raise DataError(f"{path}: the file is empty; save the data again")

@@ -127,7 +127,11 @@ def _prove(
 ) -> float:
     inputs = random_inputs(original, seed)
     wanted = masked_outputs(original.traced, channels, kept, inputs)
-    difference = _difference(pruned(inputs), wanted)
+    try:
+        difference = _difference(pruned(inputs), wanted)
+    except (RuntimeError, IndexError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RefusedError(f"{original.name}: the pruned network does not run: {first}") from error
     if difference > TOLERANCE:
         where = _first_difference(original.traced, graph, channels, kept, inputs)
         raise RefusedError(
@@ -144,7 +148,9 @@ def random_inputs(network: Network, seed: int) -> dict[str, Tensor]:
         network.batch(3).items() if network.traced.batched else network.example.items()
     ):
         if tensor.is_floating_point():
-            deviation = tensor.float().std() if tensor.numel() > 1 else torch.tensor(1.0)
+            deviation = tensor.float().std() if tensor.numel() > 1 else torch.tensor(0.0)
+            if not deviation > 0:  # an example of zeros or ones would prove nothing
+                deviation = torch.tensor(1.0)
             noise = (
                 torch.randn(tensor.shape, generator=generator) * deviation + tensor.float().mean()
             )

@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
+from tinier.errors import RefusedError
+
 aten = torch.ops.aten
 
 # Operators with a weight (outputs, …) as argument 1 and a bias as argument 2.
@@ -116,6 +118,14 @@ def _in_place_to_ordinary(node: fx.Node) -> None:
     changed = node.args[0]
     if ordinary is None or not isinstance(changed, fx.Node):
         return
+    base = changed
+    while isinstance(base.args[0] if base.args else None, fx.Node) and _is_view(base):
+        base = base.args[0]  # type: ignore[assignment]
+        if len(base.users) > 1:
+            raise RefusedError(
+                f"{node.name} ({name}) changes a part of {base.name} in place, which is read later; "
+                "write it as a new tensor"
+            )
     node.target = ordinary
     order = {other: index for index, other in enumerate(node.graph.nodes)}
     changed.replace_all_uses_with(
@@ -123,9 +133,18 @@ def _in_place_to_ordinary(node: fx.Node) -> None:
     )
 
 
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(
+        result.alias_info is not None for result in target._schema.returns
+    )
+
+
 def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node) -> None:
     before, *tensors = norm.args[:5]
     eps = norm.args[7]
+    if norm.args[5]:
+        return  # it normalises by the batch even now
     assert isinstance(eps, float)
     if not isinstance(before, fx.Node) or before.target not in _WEIGHTED or len(before.users) != 1:
         return

@@ -119,6 +119,22 @@ def evaluate(
     )
 
 
+def whole_batches(run: Run, size: int) -> Run:
+    """Run every batch at one size, for networks whose batch size is fixed: the last row is repeated, what it gives cut off again."""
+
+    def padded(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        count = len(next(iter(inputs.values())))
+        if count == size:
+            return run(inputs)
+        rows = np.minimum(np.arange(size), count - 1)
+        return [
+            output[:count] if output.ndim else output
+            for output in run({name: value[rows] for name, value in inputs.items()})
+        ]
+
+    return padded
+
+
 def refuse_nan(outputs: Sequence[np.ndarray], start: int, count: int) -> None:
     """Raise DataError for outputs with NaN, or with another number of rows than the batch.
 

@@ -199,7 +199,7 @@ Run it from this folder:
 | file | what |
 |---|---|
 | {", ".join(f"`{file.name}`" for file in best.artifact.files)} | the model, for {best.target} |
-| `model.safetensors`, `plan.json` | the float weights and the edits, from which the model is rebuilt and trained on |
+| `model.safetensors`, `plan.json` | float weights and edits; `tinier.load(folder, into=model)` rebuilds the network to train on |
 | `recipe.toml` | methods, settings, versions, seeds and the hash of the data |
 | `certificate.json`, `scores.npz` | what was proved, on which data; `tinier verify .` checks it |
 | `report.html` | the table and the chart of everything that was tried |

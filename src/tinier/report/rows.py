@@ -65,10 +65,12 @@ def faster(candidate: Candidate, than: Candidate | None) -> float | None:
     """
     if than is None or than.latency is None or candidate.latency is None:
         return None
-    ours, theirs = candidate.latency, than.latency
+    ours = candidate.latency
+    # Timings of one interleaved run are compared; those of another run had another machine.
+    theirs = candidate.beside.get(than.target, than.latency) if than.original else than.latency
     if max(ours.high / ours.low, theirs.high / theirs.low) > NOISY:
-        least = (theirs.low / ours.high, theirs.high / ours.low)
-        return _number(min(least, key=lambda ratio: abs(math.log(ratio))))
+        low, high = theirs.low / ours.high, theirs.high / ours.low
+        return 1.0 if low <= 1 <= high else _number(min(low, high, key=lambda r: abs(math.log(r))))
     return _number(theirs.median / ours.median)
 
 

@@ -1,7 +1,8 @@
 """What the search looks at: variants of the network, and each variant on each runtime."""
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,13 @@ class Candidate:
     Attributes:
         variant: what was done to the network.
         target: name of the runtime.
-        status: "waiting", "dropped" (with the reason), "front" or "taken".
+        status: "waiting", "dropped" (with the reason), "front", "taken", or "original".
         reason: why it was dropped or taken, in one sentence.
         recovered: whether it was trained after pruning.
         original: whether it is the unchanged network (its float form on some runtime).
         artifact: the files; None when the target refused.
         latency: milliseconds at the batch size and threads of the run.
+        beside: runtime → latency of the original in the same interleaved run: what this latency is compared with.
         memory: peak of a fresh process.
         parity: the artifact against its simulation.
         quality: the metric on the search part of the data.
@@ -75,6 +77,7 @@ class Candidate:
     original: bool = False
     artifact: Artifact | None = None
     latency: Latency | None = None
+    beside: Mapping[str, Latency] = field(default_factory=dict, repr=False)
     memory: Memory | None = None
     parity: Parity | None = None
     quality: Quality | None = None

@@ -28,6 +28,7 @@ class Certificate:
         loss: mean paired difference, original − artifact (positive is worse).
         harmful: examples that the original answers better than the artifact.
         helpful: examples that the artifact answers better.
+        tested: how many artifacts could have been chosen on these examples; the bound holds for whichever was.
         needed: examples with which the limit could be certified at the measured flip rates; None if it holds, or if no number would do.
         test: the name of the test.
     """
@@ -41,6 +42,7 @@ class Certificate:
     harmful: int
     helpful: int
     needed: int | None
+    tested: int = 1
     test: str = "betting bound (Waudby-Smith and Ramdas 2024) on paired differences"
 
     def as_dict(self) -> dict[str, object]:
@@ -56,6 +58,7 @@ def certify(
     limit: float | None,
     delta: float,
     higher_is_better: bool = True,
+    tested: int = 1,
 ) -> Certificate:
     """Certify the expected loss of an artifact against the original.
 
@@ -66,6 +69,8 @@ def certify(
         limit: the loss that is allowed, in units of the score; None asks for the bound only.
         delta: error probability, in (0, 1).
         higher_is_better: whether a higher score is better.
+        tested: artifacts that may be chosen on the same examples; the bound is at level 1 − δ / tested, so that it holds for
+            the one that is. The test of the limit needs no such correction where the order of testing was fixed beforehand.
 
     Returns:
         The certificate.
@@ -87,7 +92,7 @@ def certify(
     spread = high - low
     # Differences lie in [−spread, spread]; the test wants [0, 1].
     unit = (difference / spread + 1) / 2
-    bound = (2 * upper_bound(unit, delta) - 1) * spread
+    bound = (2 * upper_bound(unit, delta / tested) - 1) * spread
     holds, needed = None, None
     if limit is not None:
         mean = (limit / spread + 1) / 2
@@ -106,6 +111,7 @@ def certify(
         int((difference > 0).sum()),
         int((difference < 0).sum()),
         needed,
+        tested,
     )
 
 
@@ -139,6 +145,34 @@ def upper_bound(x: Floats, delta: float) -> float:
             return float(part[first - 1]) if first else accepted
         accepted = float(part[-1])
     return accepted
+
+
+def least_examples(limit: float, delta: float, most: int = 10_000_000) -> int | None:
+    """Number of examples that certify a loss of at most ``limit`` when every answer agrees: fewer cannot, whatever happens.
+
+    Args:
+        limit: the loss, as a share of the range of a score.
+        delta: error probability.
+        most: where the search ends.
+
+    Returns:
+        The number; None for a limit of 0 or if it is more than ``most``.
+    """
+    if limit <= 0:
+        return None
+    mean, low, high = (limit + 1) / 2, 1, 16
+
+    def enough(count: int) -> bool:
+        return p_value(np.full(count, 0.5), mean, delta) <= delta
+
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > most:
+            return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return high
 
 
 def examples_needed(x: Floats, mean: float, delta: float, most: int = 10_000_000) -> int | None:

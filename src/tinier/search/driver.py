@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tinier.errors import RefusedError
+from tinier.errors import InputError, RefusedError
 from tinier.measure.latency import interleaved
 from tinier.measure.memory import peak_memory
 from tinier.progress import Progress
@@ -13,6 +13,7 @@ from tinier.search.candidate import Candidate, Limits, Variant
 from tinier.search.judge import Judge
 from tinier.search.workshop import Workshop
 
+NOISY = 1.5  # high end over low end of an interval of a median, beyond which the user is told
 HOPELESS = 4.0  # a runtime this many times slower than the fastest is not caught up with by int8 or pruning
 KEEPS = (0.75, 0.5, 0.25)  # shares of the MACs that pruning is tried at
 RANGES = ("minmax", "mse")
@@ -42,6 +43,7 @@ class Search:
         self.table: list[Candidate] = []
         self.interrupted = False
         self.started = time.monotonic()
+        self.noisy = False
         self.building = 0.0  # seconds that one candidate takes to build
 
     def run(self) -> list[Candidate]:
@@ -97,7 +99,9 @@ class Search:
                 + "; ".join(f"{c.target}: {c.reason}" for c in self.table)
             )
         best = min(timed, key=_milliseconds)
-        slow = [c for c in timed if _milliseconds(c) > HOPELESS * _milliseconds(best)]
+        assert best.latency is not None
+        highest = HOPELESS * best.latency.high  # by the intervals: a busy machine proves nothing
+        slow = [c for c in timed if c.latency and c.latency.low > highest]
         for candidate in slow:
             times = _milliseconds(candidate) / _milliseconds(best)
             self.progress.say(
@@ -119,6 +123,12 @@ class Search:
             )
         for index, candidate in enumerate(candidates):
             candidate.latency = timed[str(index)]
+        beside = {c.target: c.latency for c in candidates if c.original and c.latency}
+        for candidate in candidates:
+            candidate.beside = beside
+        self.noisy = any(c.latency and c.latency.high > NOISY * c.latency.low for c in candidates)
+        if self.noisy:
+            self.progress.say("this machine was busy while it timed: intervals are wide")
 
     def _gate(self) -> None:
         """Drop what costs at least what the original costs on its best runtime, what breaks a limit, and the slower runtimes."""
@@ -134,7 +144,7 @@ class Search:
             if slower and candidate.size >= smallest:
                 candidate.drop(
                     f"neither faster nor smaller than the original on {best.target} "
-                    f"({ms:.3g} against {_milliseconds(best):.3g} ms)"
+                    f"({ms:.3g} against {_milliseconds(best):.3g} ms, timed together)"
                 )
             elif possible and self.limits.max_latency and ms > self.limits.max_latency:
                 candidate.drop(f"{ms:.3g} ms is over the limit of {self.limits.max_latency:g} ms")
@@ -147,11 +157,12 @@ class Search:
             fastest = min(rivals, key=_milliseconds)
             if fastest is not candidate:
                 times = _milliseconds(candidate) / _milliseconds(fastest)
-                candidate.drop(f"the same network is {times:.1f}× as fast on {fastest.target}")
+                faster = f"{times:.1f}× as fast" if times >= 1.05 else "as fast"
+                candidate.drop(f"the same network is {faster} on {fastest.target}, timed together")
         for candidate in self._waiting():
             if candidate.variant.ranges:
                 twin = Candidate(Variant(candidate.variant.keep, RANGES[1]), candidate.target)
-                twin.latency = candidate.latency
+                twin.latency, twin.beside = candidate.latency, candidate.beside
                 self.table.append(twin)
 
     # Quality ----------------------------------------------------------------------------------------------------------
@@ -203,7 +214,7 @@ class Search:
                 continue
             try:
                 self.workshop.recover(keep, seconds)
-            except RefusedError as error:
+            except (RefusedError, InputError) as error:
                 for candidate in mine:
                     candidate.drop(str(error))
                 continue
@@ -229,9 +240,12 @@ class Search:
                 inputs = {
                     k: v.numpy() for k, v in self.workshop.inputs(self.workshop.batch).items()
                 }
-                candidate.memory = peak_memory(
-                    candidate.target, candidate.artifact.files[0], inputs, self.workshop.threads
-                )
+                try:
+                    candidate.memory = peak_memory(
+                        candidate.target, candidate.artifact.files[0], inputs, self.workshop.threads
+                    )
+                except InputError as error:  # a figure is missing, the result is not
+                    self.progress.say(str(error))
                 step.add()
 
     def _inside(self, candidate: Candidate) -> bool:

@@ -8,7 +8,7 @@ import torch
 from tinier.data.base import Examples
 from tinier.errors import DataError
 from tinier.measure.metrics import Metric
-from tinier.measure.quality import Quality, evaluate
+from tinier.measure.quality import Quality, evaluate, whole_batches
 from tinier.network import Network
 from tinier.progress import Progress
 from tinier.search.candidate import Candidate
@@ -26,29 +26,38 @@ class Judge:
         original: the network as the user brought it, run in torch.
         examples: the part; random order, so that its beginning is a fair sample.
         metric: how answers are scored.
+        part: what the part is called.
         batch: examples in one run; 1 where the network's batch size is fixed.
     """
 
     def __init__(
-        self, original: Network, examples: Examples, metric: Metric, batch: int, progress: Progress
+        self,
+        original: Network,
+        examples: Examples,
+        metric: Metric,
+        batch: int,
+        progress: Progress,
+        part: str = "search part",
     ) -> None:
         self.network = original
         self.examples = examples
         self.metric = metric
         self.batch = batch
         self.progress = progress
+        self.part = part
 
     @cached_property
     def reference(self) -> list[np.ndarray] | None:
-        """The original's outputs where they stand in for labels, else None."""
+        """The original's first output where it stands in for labels, else None."""
         if self.examples.labelled and not self.metric.against_original:
             return None
         rows = []
-        with self.progress.task("the original's answers", len(self.examples)) as step:
+        run = whole_batches(self._answer, self.batch)
+        with self.progress.task(f"the original on the {self.part}", len(self.examples)) as step:
             for inputs, _ in self.examples.batches(self.batch):
-                rows.append([output.numpy() for output in self.network(inputs)])
-                step.add(len(rows[-1][0]))
-        return [np.concatenate(column) for column in zip(*rows, strict=True)]
+                rows.append(run({name: value.numpy() for name, value in inputs.items()})[0])
+                step.add(len(rows[-1]))
+        return [np.concatenate(rows)]
 
     @cached_property
     def original(self) -> Quality:
@@ -59,13 +68,14 @@ class Judge:
         def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
             nonlocal done
             if answered is None:
-                tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-                return [output.numpy() for output in self.network(tensors)]
+                return whole_batches(self._answer, self.batch)(inputs)
             # It has answered these examples already, in this order.
             start, done = done, done + len(next(iter(inputs.values())))
             return [output[start:done] for output in answered]
 
-        with self.progress.task("the original's quality", len(self.examples)) as step:
+        with self.progress.task(
+            f"quality of the original on the {self.part}", len(self.examples)
+        ) as step:
             return evaluate(
                 run,
                 self.examples,
@@ -75,10 +85,15 @@ class Judge:
                 progress=step,
             )
 
+    def _answer(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        return [output.numpy() for output in self.network(tensors)]
+
     def quality(self, session: Session, count: int | None = None) -> Quality:
         """The quality of an artifact on the first ``count`` examples, or on all."""
         part = self.examples.subset(range(count)) if count else self.examples
-        return evaluate(session.run, part, self.metric, batch=self.batch, reference=self.reference)
+        run = whole_batches(session.run, self.batch)
+        return evaluate(run, part, self.metric, batch=self.batch, reference=self.reference)
 
     def look(self, candidate: Candidate, session: Session, limit: float | None) -> str:
         """Fill in the candidate's quality and loss; a hopeless one is given up after a first few examples.
@@ -102,7 +117,9 @@ class Judge:
         candidate.loss = self.sign * (self.original.value - candidate.quality.value)
         return ""
 
-    def certificate(self, quality: Quality, limit: float | None, delta: float) -> Certificate | str:
+    def certificate(
+        self, quality: Quality, limit: float | None, delta: float, tested: int = 1
+    ) -> Certificate | str:
         """The certificate of an artifact from its quality on this part, or the reason why there can be none."""
         if self.original.scores is None or quality.scores is None:
             return (
@@ -114,14 +131,18 @@ class Judge:
                 f"the score of one example under {self.metric.name} has no known bounds, so that no "
                 "certificate can be given; a function with an attribute `bounds` can be certified"
             )
-        return certify(
-            self.original.scores,
-            quality.scores,
-            bounds=self.metric.bounds,
-            limit=limit,
-            delta=delta,
-            higher_is_better=self.metric.higher_is_better,
-        )
+        try:
+            return certify(
+                self.original.scores,
+                quality.scores,
+                bounds=self.metric.bounds,
+                limit=limit,
+                delta=delta,
+                higher_is_better=self.metric.higher_is_better,
+                tested=tested,
+            )
+        except ValueError as error:  # the bounds that the metric declares are wrong
+            return f"{self.metric.name}: {error}, so that no certificate can be given"
 
     def p_value(self, quality: Quality, limit: float, delta: float) -> float:
         """P-value of "the loss is larger than the limit" on this part; 1 where it cannot be tested."""

@@ -155,7 +155,14 @@ class Workshop:
             self._onnx[candidate.variant] = candidate.artifact.files[0]
         self._sessions[candidate.variant, candidate.target] = session
         sizes = (1, 8) if network.traced.batched else (len(next(iter(network.example.values()))),)
-        candidate.parity = parity(network, session, [self.inputs(size) for size in sizes])
+        try:
+            candidate.parity = parity(network, session, [self.inputs(size) for size in sizes])
+        # What runtimes raise has no common base.
+        except Exception as error:
+            candidate.drop(
+                f"{candidate.target} cannot run it: {' '.join(str(error).split())[:200]}"
+            )
+            return
         if not candidate.parity.passed:
             candidate.drop(f"differs from its simulation: {candidate.parity.reason}")
 
@@ -180,6 +187,7 @@ class Workshop:
                 self.train,
                 losses=self.losses,
                 seconds=seconds,
+                batch=self._batch,
                 seed=self.seed,
                 progress=step,
             )
@@ -191,8 +199,15 @@ class Workshop:
         self._statistics.pop(keep, None)
         self._forget([v for v in self._networks if v.keep == keep])
 
+    @property
+    def _batch(self) -> int:
+        traced, example = self.original.traced, self.original.example
+        return BATCH if traced.batched else len(next(iter(example.values())))
+
     def _calibration(self, count: int) -> Iterator[dict[str, Tensor]]:
-        size = BATCH if self.original.traced.batched else len(self.inputs(1))
-        rows = range(min(count, len(self.calibration)))
+        size = self._batch
+        count = min(max(count, size), len(self.calibration))
+        # A batch size that is fixed takes whole batches only.
+        rows = range(count if self.original.traced.batched else count - count % size)
         for inputs, _ in self.calibration.subset(rows).batches(size):
             yield inputs

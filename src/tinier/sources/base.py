@@ -35,7 +35,7 @@ def present(path: Path) -> None:
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder")
     if path.is_file() and path.stat().st_size == 0:
-        raise ModelError(f"{path}: the file is empty")
+        raise ModelError(f"{path}: the file is empty; export or copy the model again")
 
 
 def first_line(error: Exception) -> str:

@@ -125,6 +125,8 @@ def _name_dimensions(model: onnx.ModelProto) -> None:
 def _name_values(model: onnx.ModelProto) -> None:
     """Scales, zero points and rounded values are called after the tensor that they belong to."""
     graph = model.graph
+    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+        return  # branches and loops read values of the graph by name
     taken = {name for node in graph.node for name in [*node.input, *node.output]}
     public = {value.name for value in [*graph.input, *graph.output]}
     names: dict[str, str] = {}

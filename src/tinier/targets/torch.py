@@ -41,7 +41,7 @@ MEMBERS = re.compile(
     r"|data/sample_inputs/model\.pt|models/model\.json)"
 )
 OPERATORS = re.compile(
-    r"torch\.ops\.(aten|higher_order)\.\w+(\.\w+)?|torch\.sym_\w+|math\.(ceil|floor|trunc)"
+    r"torch\.ops\.(aten|higher_order)\.(?!(from_file|save|warn)\b)\w+(\.\w+)?|torch\.sym_\w+|math\.(ceil|floor|trunc)"
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
 )
 SHAPE_SYMBOL = re.compile(r"Symbol\('[su]\d+'(, (positive|nonnegative|integer)=(True|False))*\)")
@@ -184,6 +184,8 @@ def check_archive(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             members = {name.split("/", 1)[-1]: name for name in archive.namelist()}
+            if len(members) != len(archive.namelist()):  # readers differ in which of two they take
+                raise InputError(_unsafe(file, "two members of one name"))
             for short in members:
                 if not MEMBERS.fullmatch(short):
                     raise InputError(_unsafe(file, f"the member {short}"))

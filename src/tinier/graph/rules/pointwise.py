@@ -7,7 +7,7 @@ from tinier.graph.rules.base import Axes, Flow, Result, rule
 
 POINTWISE = """
 abs acos acosh add addcdiv addcmul alias angle asin asinh atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not
-bitwise_or bitwise_right_shift bitwise_xor bucketize ceil celu clamp clamp_max clamp_min clone contiguous copy
+bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp clamp_max clamp_min clone contiguous copy
 copysign cos cosh deg2rad detach div dropout dropout2d elu eq erf erfc erfinv exp exp2 expm1 fill floor floor_divide
 fmax fmin fmod frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh heaviside isfinite isinf isnan le leaky_relu
 lerp lift_fresh_copy log log10 log1p log2 log_sigmoid logaddexp logical_and logical_not logical_or logical_xor logit

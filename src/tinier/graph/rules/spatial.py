@@ -20,7 +20,8 @@ def spatial(flow: Flow, node: fx.Node) -> Result:
     """Channels pass, the spatial dimensions are new."""
     axes = flow.of(node.args[0])
     channels = 2 if len(axes) > 2 else 1
-    for axis in axes[channels:]:
+    others = [axis for source in node.all_input_nodes[1:] for axis in flow.of(source)]  # a grid
+    for axis in (*axes[channels:], *others):
         flow.pin(node, axis, "spatial")
     return _after(flow, node, axes[:channels])
 
