@@ -139,7 +139,7 @@ def _tokens(
                 f"{path}: row {wrong[0]}, column {column}: {table[column].iloc[wrong[0]]!r} is no text"
             )
     texts = [table[column].tolist() for column in columns]
-    encoded = tokenizer(*texts)
+    encoded = tokenizer(*texts, verbose=False)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     limit = min(options.max_length, tokenizer.model_max_length)
     cut = sum(length > limit for length in lengths)

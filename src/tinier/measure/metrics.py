@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tinier.data.check import IGNORED
+from tinier.data.check import IGNORED, class_axis
 from tinier.data.python import FUNCTION, import_function
 from tinier.errors import DataError, InputError
 from tinier.measure.score import Mean, Metric, Running, predictions
@@ -37,6 +37,11 @@ class Accuracy(Metric):
             raise DataError(
                 f"{self.name} needs integer labels, got {labels.dtype}; for numbers to be predicted "
                 "use a metric such as MeanSquaredError"
+            )
+        if class_axis(outputs[0].shape) is None and not np.isin(labels, (0, 1, IGNORED)).all():
+            wrong = labels[~np.isin(labels, (0, 1, IGNORED))].flat[0]
+            raise DataError(
+                f"{self.name}: the network gives one logit an example, so that labels are 0 and 1; there is a {wrong:g}"
             )
         if labels.ndim == 2 and labels.shape[1] == 1 and answers.ndim == 1:
             labels = labels[:, 0]
