@@ -47,6 +47,10 @@ def arrays_of(path: Path) -> dict[str, Any]:
         DataError: not a NumPy file, one with pickles in it, or one without arrays.
     """
     arrays: dict[str, Any] = {}
+    with path.open("rb") as stream:
+        start = stream.read(6)
+    if not start.startswith((b"PK", b"\x93NUMPY", b"\x80")):  # a zip, a NumPy header, or a pickle
+        raise DataError(f"{path}: not a NumPy file; save it with np.savez(path, x=…, y=…)")
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):

@@ -59,7 +59,9 @@ def load_for(model: Any, example: Example | None, data: Any) -> Network:
         return load(model, example)
     try:
         return load(model)
-    except ModelError:
+    except ModelError as error:
+        if "example" not in str(error):
+            raise
         first = first_inputs(data)
         if first is None:
             raise
