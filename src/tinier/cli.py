@@ -130,7 +130,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")] = Path(
         "demo-out"
     ),
-    budget: Annotated[str, typer.Option(help="Time to spend.")] = "190s",
+    budget: Annotated[str, typer.Option(help="Time to spend.")] = "205s",
     as_json: Json = False,
 ) -> None:
     """Run the whole of it on a ResNet-20 for Fashion-MNIST that comes with tinier."""

@@ -33,7 +33,7 @@ def train() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def demo(
-    *, out: str | Path | None, budget: str | float = "190s", progress: Progress | None = None
+    *, out: str | Path | None, budget: str | float = "205s", progress: Progress | None = None
 ) -> Result:
     """Compress the ResNet-20 to at most one point less accuracy, on every installed runtime.
 

@@ -18,7 +18,8 @@ HOPELESS = 4.0  # a runtime this many times slower than the fastest is not caugh
 KEEPS = (0.75, 0.5, 0.25)  # shares of the MACs that pruning is tried at
 RANGES = ("minmax", "mse")
 RESERVE = 0.2  # share of the budget kept from training for measuring and certifying
-FIRST_SHARE = 0.6  # share of the training time that is left for the network trained next
+SMALLER = 0.95  # share of another file's size below which a slower runtime's is worth keeping
+FIRST_SHARE = 0.75  # share of the training time that is left for the network trained next
 LEAST_TRAINING = 2.0  # seconds; less is not worth it
 
 
@@ -155,7 +156,9 @@ class Search:
         for candidate in self._waiting():
             rivals = [c for c in self._waiting() if c.variant == candidate.variant]
             fastest = min(rivals, key=_milliseconds)
-            if fastest is not candidate:
+            assert candidate.size is not None and fastest.size is not None
+            smaller = candidate.size < SMALLER * fastest.size
+            if fastest is not candidate and not smaller:
                 times = _milliseconds(candidate) / _milliseconds(fastest)
                 faster = f"{times:.1f}× as fast" if times >= 1.05 else "as fast"
                 candidate.drop(f"the same network is {faster} on {fastest.target}, timed together")
