@@ -13,7 +13,7 @@ from tinier.report.rows import rows, summary
 from tinier.report.terminal import Bars, show
 from tinier.search.candidate import Result
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def packaged(package: str, path: str, requirement: str, sha256: str | None = None) -> Path:

@@ -7,6 +7,7 @@ import argparse
 import csv
 import email
 import json
+import os
 import shutil
 import tempfile
 from email import policy
@@ -91,14 +92,15 @@ if __name__ == "__main__":
         if not (folder / "spam").is_dir():
             write_tables(arguments.mails, folder)
             fine_tune(folder)
+        os.chdir(folder)  # so that results name no folder of this machine
         with Bars() as bars:
             result = tinier.compress(
-                str(folder / "spam"),
-                str(folder / "test.csv"),
-                train=str(folder / "train.csv"),
+                "spam",
+                "test.csv",
+                train="train.csv",
                 max_drop="1%",
                 budget="8m",
-                out=folder / "out",
+                out="out",
                 max_length=LENGTH,
                 progress=bars,
             )
