@@ -66,7 +66,8 @@ if __name__ == "__main__":
             "magika_files:files",
             metric="accuracy",
             max_drop="1%",
-            budget="8m",
+            target=["onnxruntime", "torch"],
+            budget="4m",
             progress=bars,
         )
     report("magika_files", "at most 1 point of accuracy, ONNX in and out", result)

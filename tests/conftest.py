@@ -1,5 +1,6 @@
 """Runs of the main job that several files of tests look at."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,3 +69,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, cnn: nn.Module, files: Path) -
             progress=progress,
         )
     return Run(cnn, files / "valid.npz", folder, result, progress)
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on() -> Iterator[None]:
+    """No test, and nothing that it runs, may leave gradients switched off for those that follow."""
+    yield
+    assert torch.is_grad_enabled(), "gradients were left switched off"

@@ -196,7 +196,7 @@ def test_resnet20_keeps_its_class_and_reaches_the_target(resnet: Network, keep: 
     block = untyped(pruned.module).blocks[0]
     assert block.conv1.out_channels == block.bn1.num_features
     widths = [m.out_channels for m in pruned.module.modules() if isinstance(m, nn.Conv2d)]
-    assert all(width % 8 == 0 for width in widths)
+    assert all(width % 4 == 0 for width in widths)
     for name, dims in kept(plan).items():
         for dim, indices in dims.items():
             smaller = pruned.module.state_dict()[name]

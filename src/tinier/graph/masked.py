@@ -39,16 +39,18 @@ def masked_values(
     """
     reference = _Masked(traced.module, channels, kept)
     reference.env = {}
-    with torch.no_grad():
-        for node in traced.module.graph.nodes:
-            if node.op == "placeholder":
-                value: Any = inputs[str(node.target)]
-            else:
+    for node in traced.module.graph.nodes:
+        if node.op == "placeholder":
+            value: Any = inputs[str(node.target)]
+        else:
+            with (
+                torch.no_grad()
+            ):  # not around the yield: who stops half-way would be left without gradients
                 value = reference.run_node(node)
-            reference.env[node] = value
-            yield node, value
-            for user in reference.user_to_last_uses.get(node, []):
-                del reference.env[user]
+        reference.env[node] = value
+        yield node, value
+        for user in reference.user_to_last_uses.get(node, []):
+            del reference.env[user]
 
 
 def masked_outputs(
