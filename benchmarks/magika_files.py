@@ -67,7 +67,7 @@ if __name__ == "__main__":
             metric="accuracy",
             max_drop="1%",
             target=["onnxruntime", "torch"],
-            budget="4m",
+            budget="150s",
             progress=bars,
         )
     report("magika_files", "at most 1 point of accuracy, ONNX in and out", result)

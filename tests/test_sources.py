@@ -684,3 +684,21 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_loading_leaves_a_network_alone() -> None:
     network = Network(Small(), {"image": torch.randn(2, 3, 8, 8)}, "a")
     assert load(network) is network
+
+
+def test_an_input_named_like_a_builtin_keeps_its_free_batch(tmp_path: Path) -> None:
+    # torch.fx renames such nodes; the input's own name is what counts.
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["bytes", "w"], ["out"])],
+            "g",
+            [helper.make_tensor_value_info("bytes", TensorProto.FLOAT, ["n", 4])],
+            [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", 3])],
+            [numpy_helper.from_array(np.ones((4, 3), np.float32), "w")],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    network = load(tmp_path / "m.onnx")
+    assert network.traced.batched and not network.notes and list(network.example) == ["bytes"]

@@ -139,7 +139,7 @@ def _kept(network: Network, free: Mapping[tuple[str, int], str]) -> dict[tuple[s
     for node in network.traced.module.graph.find_nodes(op="placeholder"):
         for dim, size in enumerate(node.meta["val"].shape):
             is_open = not isinstance(size, int) and size.node.maybe_as_int() is None
-            if is_open and (node.name, dim) in free:
+            if is_open and (str(node.target), dim) in free:
                 kept[str(node.target), dim] = free[str(node.target), dim]
     return kept
 
