@@ -33,6 +33,7 @@ LAYERS = [
     {"search"},
     {"report"},
     {"compress", "inspect", "verbs", "verify"},
+    {"shrink"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__"},
@@ -44,6 +45,7 @@ FAMILIES = {"criteria", "methods", "recovery", "targets"}
 # (importer, imported): default values, where one technique is the default of another's argument.
 DEFAULTS = {
     ("tinier.methods.channel_pruning", "tinier.criteria.magnitude"),
+    ("tinier.methods.weight_pruning", "tinier.criteria.magnitude"),
     ("tinier.recovery.loop", "tinier.recovery.soft_targets"),
     ("tinier.recovery.loop", "tinier.recovery.output_mse"),
 }
@@ -52,6 +54,7 @@ DEFAULTS = {
 OPTIONAL = {
     "PIL",
     "altair",
+    "keras",
     "onnx2fx",
     "onnxruntime",
     "openvino",
@@ -82,6 +85,7 @@ PUBLIC: set[str] = {
     "quantize",
     "recover",
     "save",
+    "shrink",
     "verify",
 }
 

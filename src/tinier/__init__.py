@@ -5,6 +5,7 @@ from tinier.errors import TinierError
 from tinier.inspect import inspect
 from tinier.measure.files import measure_files as measure
 from tinier.search.candidate import Result
+from tinier.shrink import shrink
 from tinier.verbs import Smaller, export, load, prune, quantize, recover, save
 from tinier.verify import verify
 from tinier.version import VERSION as __version__
@@ -23,5 +24,6 @@ __all__ = [
     "quantize",
     "recover",
     "save",
+    "shrink",
     "verify",
 ]

@@ -1,14 +1,20 @@
 """What a network consists of, what could leave it, and what cannot and why."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from tinier.edits.slice import Slice
+from tinier.errors import RefusedError
+from tinier.graph.axes import Atom
 from tinier.graph.groups import Channels, channel_groups
 from tinier.graph.macs import Row, describe
+from tinier.methods.channel_pruning import ChannelPruning
 from tinier.network import Example, Network
+from tinier.report.words import bar
 from tinier.sources.load import load_for
 
 
@@ -21,12 +27,18 @@ class Inspection:
         rows: a row for each operator that has parameters or multiplies.
         channels: the groups, and what is pinned.
         batched: whether the batch size is free.
+        keep: the share of the MACs at which bars show what would be left.
+        widths: group → how many channels would be left there.
+        refusal: why that share cannot be reached; empty if it can.
     """
 
     name: str
     rows: list[Row]
     channels: Channels
     batched: bool
+    keep: float = 0.5
+    widths: Mapping[str, int] = field(default_factory=dict)
+    refusal: str = ""
 
     @property
     def parameters(self) -> int:
@@ -51,6 +63,7 @@ class Inspection:
                     "name": group.name,
                     "size": group.size,
                     "kind": group.kind,
+                    "would_keep": self.widths.get(group.name, group.size),
                     "members": [f"{slot.parameter}[{slot.dim}]" for slot in group.slots],
                 }
                 for group in self.channels.groups
@@ -73,15 +86,28 @@ class Inspection:
             f"batch size {'free' if self.batched else 'fixed'}",
             style="bold",
         )
-        layers = _table("layer", "operator", "shape", "parameters", "MACs")
+        console.print(
+            self.refusal or f"Bars: what pruning to {self.keep:.0%} of the MACs would leave.",
+            style="dim",
+            soft_wrap=True,
+        )
+        layers = _table("layer", "operator", "shape", "parameters", "MACs", "left")
         for row in self.rows:
             shape = " × ".join(str(size) if size else "free" for size in row.shape)
-            layers.add_row(row.layer, row.kind, shape, f"{row.parameters:,}", f"{row.macs:,}")
+            layers.add_row(
+                row.layer,
+                row.kind,
+                shape,
+                f"{row.parameters:,}",
+                f"{row.macs:,}",
+                bar(row.left, 10),
+            )
         console.print(layers)
-        groups = _table("channel group", "kind", "size", "what leaves together")
+        groups = _table("channel group", "kind", "size", "left", "what leaves together")
         for group in self.channels.groups:
             members = ", ".join(f"{slot.parameter}[{slot.dim}]" for slot in group.slots)
-            groups.add_row(group.name, group.kind, str(group.size), members)
+            left = bar(self.widths.get(group.name, group.size) / group.size, 10)
+            groups.add_row(group.name, group.kind, str(group.size), left, members)
         console.print(groups)
         pins = _table("pinned", "size", "why")
         for pinned in self.channels.pins:
@@ -98,13 +124,16 @@ class Inspection:
         return captured.get()
 
 
-def inspect(model: Any, example: Example | None = None, *, data: Any = None) -> Inspection:
+def inspect(
+    model: Any, example: Example | None = None, *, data: Any = None, keep: float = 0.5
+) -> Inspection:
     """Look at a network without changing it.
 
     Args:
         model: an ``nn.Module``, the path of an ONNX file or of a Hugging Face directory.
         example: example inputs, for modules and for files that leave sizes open.
         data: where the example inputs come from if there is no example.
+        keep: share of the MACs for the bars that show what pruning by magnitude would leave.
 
     Raises:
         ModelError: it cannot be read, run or traced.
@@ -114,8 +143,26 @@ def inspect(model: Any, example: Example | None = None, *, data: Any = None) -> 
     """
     network = model if isinstance(model, Network) else load_for(model, example, data)
     channels = channel_groups(network.traced)
+    refusal, sizes = "", dict[Atom, int]()
+    method = ChannelPruning(keep=keep)
+    try:
+        widths = {
+            edit.row()[0]: len(edit.kept)
+            for edit in method.plan(network).edits
+            if isinstance(edit, Slice)
+        }
+    except RefusedError as error:
+        refusal, widths = str(error), {}
+    for group in channels.groups:
+        sizes[group.atom] = widths.get(group.name, group.size)
     return Inspection(
-        network.name, describe(network.traced, channels), channels, network.traced.batched
+        network.name,
+        describe(network.traced, channels, sizes),
+        channels,
+        network.traced.batched,
+        keep,
+        widths,
+        refusal,
     )
 
 

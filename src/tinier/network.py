@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tinier.errors import ModelError
 from tinier.graph import trace as tracing
 from tinier.graph.trace import Traced
+from tinier.modules.masked import masks_of, release
 
 Example = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 
@@ -38,13 +39,17 @@ class Network:
 
     @cached_property
     def traced(self) -> Traced:
-        """The graph in evaluation mode, its parameters copied; made once."""
-        return tracing.trace(self.module, self.example)
+        """The graph in evaluation mode; its parameters share the module's memory; made once."""
+        module = self.module
+        if masks_of(module):  # weights that are held at zero are plain zeros in the graph
+            module = copy.deepcopy(module)
+            release(module)
+        return tracing.trace(module, self.example)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Outputs in evaluation mode, without gradients, flattened to a tuple of tensors."""
         with tracing.evaluating(self.module), torch.no_grad():
-            return tracing.call(self.module, inputs)
+            return tracing.leaves(tracing.isolated(self.module, inputs))
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """The example repeated or cut to a batch of ``size``."""
@@ -52,6 +57,15 @@ class Network:
             name: tensor.repeat(-(-size // len(tensor)), *[1] * (tensor.ndim - 1))[:size]
             for name, tensor in self.example.items()
         }
+
+    def noted(self, *notes: str) -> "Network":
+        """The same network, of which there is more to say; its trace is kept."""
+        if not notes:
+            return self
+        result = replace(self, notes=(*self.notes, *notes))
+        if "traced" in vars(self):
+            vars(result)["traced"] = self.traced
+        return result
 
     def copy(self) -> "Network":
         """The same network with a module of its own."""

@@ -1,19 +1,23 @@
 """The traced graph with smaller parameters: tensors are cut, constants that hold sizes are written anew from the terms."""
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from tinier.errors import RefusedError
-from tinier.graph.axes import Atom, Axis, atoms, kept_size, positions
+from tinier.graph.axes import Atom, Axis, atoms, kept_size, positions, size
 from tinier.graph.groups import Channels
 from tinier.graph.rules import argument, dimension, operator_name
+from tinier.graph.rules.linear import ATTENTION
 from tinier.graph.trace import Traced
+from tinier.modules.masked import plain_name
 
 Kept = Mapping[Atom, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def kept_along(channels: Channels, kept: Kept) -> dict[str, dict[int, Tensor]]:
@@ -28,26 +32,36 @@ def kept_along(channels: Channels, kept: Kept) -> dict[str, dict[int, Tensor]]:
     return result
 
 
-def cut_tensors(module: nn.Module, along: Mapping[str, Mapping[int, Tensor]]) -> None:
-    """Cut the parameters and buffers of a module in place; tied names stay tied.
+def cut_copy(module: Module, along: Mapping[str, Mapping[int, Tensor]]) -> Module:
+    """A deep copy of a module with smaller parameters and buffers; tied names stay tied, and what shared memory no longer does.
 
     Args:
-        module: changed.
-        along: name → dimension → positions that stay; names that the module does not have are passed over.
+        module: left as it is.
+        along: name → dimension → (kept,) int64 positions that stay; names that the module does not have are passed over.
+
+    Cost:
+        Memory for what is kept: nothing is copied whole and cut afterwards.
     """
-    cut: dict[int, Tensor] = {}
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
     for store, owner, leaf, name in _tensors(module):
-        if name in along:
-            old = store(owner)[leaf]
-            new = old.detach()
-            for dim, indices in along[name].items():
-                new = new.index_select(dim, indices.to(new.device))
-            is_parameter = isinstance(old, nn.Parameter)
-            cut[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
-    for store, owner, leaf, _ in list(_tensors(module)):
-        old = store(owner)[leaf]
-        if id(old) in cut:
-            store(owner)[leaf] = cut[id(old)]
+        tensor = store(owner)[leaf]
+        tensors[id(tensor)] = tensor
+        # A held mask leaves with the weight that it is over, under the weight's own name.
+        names.setdefault(id(tensor), []).extend((name, plain_name(name)))
+    memo: dict[int, Any] = {}  # what copy.deepcopy takes for copied
+    for key, old in tensors.items():
+        new = old.detach()
+        cuts = next((along[name] for name in names[key] if name in along), {})
+        for dim, indices in cuts.items():
+            new = new.index_select(dim, indices.to(new.device))
+        new = new if cuts else new.clone()
+        memo[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for owner in module.modules():  # what a hook computed, as torch.nn.utils.weight_norm does
+        for value in vars(owner).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def _tensors(module: nn.Module) -> list[tuple[Callable[[nn.Module], Any], nn.Module, str, str]]:
@@ -74,8 +88,7 @@ def sliced_graph(traced: Traced, channels: Channels, kept: Kept) -> fx.GraphModu
     Raises:
         RefusedError: a constant of the graph cannot be written anew.
     """
-    module = copy.deepcopy(traced.module)
-    cut_tensors(module, kept_along(channels, kept))
+    module = cut_copy(traced.module, kept_along(channels, kept))
     rewriter = Rewriter(channels, kept)
     for old, new in zip(traced.module.graph.nodes, list(module.graph.nodes), strict=True):
         rewrite = REWRITES.get(operator_name(old)) if old.op == "call_function" else None
@@ -181,6 +194,9 @@ def _slice(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
         return
     start, length = argument(old, 2, "start", 0) or 0, old.meta["val"].shape[dim]
     whole = old.args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
+    if argument(old, 4, "step", 1) != 1:  # each of a product's outer positions: as many as there are
+        new.args, new.kwargs = (new.args[0], dim, start, sys.maxsize, old.args[4]), {}
+        return
     start = start + whole if start < 0 else start
     first, last = run.before(axes[dim], start), run.before(axes[dim], start + length)
     third = last - first if operator_name(old) == "narrow" else last
@@ -202,6 +218,8 @@ def _repeat_interleave(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
     source = run.of(old.args[0])
     dim = dimension(int(argument(old, 2, "dim")), len(source))
     new.update_arg(1, run.size(run.of(old)[dim]) // run.size(source[dim]))
+    if argument(old, 3, "output_size") is not None and run.changed(run.of(old)[dim]):
+        new.update_kwarg("output_size", run.size(run.of(old)[dim]))
 
 
 def _groups(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
@@ -236,7 +254,7 @@ def _constant(position: int) -> Callable[[Rewriter, fx.Node, fx.Node], None]:
 def _attention(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
     # The scale is that of the head size which the network was trained with.
     axis = run.of(old.args[0])[-1]
-    if run.changed(axis) and argument(old, 6, "scale") is None:
+    if run.changed(axis) and old.kwargs.get("scale") is None:
         new.update_kwarg("scale", float(old.args[0].meta["val"].shape[-1]) ** -0.5)  # type: ignore[union-attr]
 
 
@@ -245,11 +263,46 @@ def _pad(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
     given: list[Any] = list(new.args[1])  # type: ignore[arg-type]
     for index in range(len(given) // 2):
         dim = len(axes) - 1 - index
-        if run.changed(axes[dim]):
+        if min(given[2 * index : 2 * index + 2]) < 0:
+            if run.changed(source[dim]):
+                _crop(run, source[dim], axes[dim], given, index)
+        elif run.changed(axes[dim]):
             before = run.before(axes[dim], given[2 * index])
             given[2 * index] = before
             given[2 * index + 1] = run.size(axes[dim]) - before - run.size(source[dim])
     new.update_arg(1, given)
+
+
+def _crop(run: Rewriter, source: Axis, axis: Axis, given: list[Any], index: int) -> None:
+    """Negative padding takes away what is left of the first and the last positions."""
+    first, last = -given[2 * index], size(source) + given[2 * index + 1]
+    given[2 * index] = -run.before(source, first)
+    given[2 * index + 1] = run.before(source, last) - run.size(source)
+
+
+def _one_hot(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    new.update_arg(1, run.size(run.of(old)[-1]))
+
+
+def _histc(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    bins = run.size(run.of(old)[0])
+    if run.changed(run.of(old)[0]):
+        new.args, new.kwargs = (new.args[0], bins, 0, bins - 1), {}
+
+
+def _arange(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    if run.changed(run.of(old)[0]):
+        new.args = (run.size(run.of(old)[0]),)
+        new.target = torch.ops.aten.arange.default
+
+
+def _native_group_norm(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    new.update_arg(4, run.size(run.of(old.args[0])[1]))
+    new.update_arg(6, run.size(run.channels.outer[old]))
+
+
+def _shuffle(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    new.update_arg(1, run.size(run.channels.outer[old]))
 
 
 REWRITES: dict[str, Callable[[Rewriter, fx.Node, fx.Node], None]] = {
@@ -268,6 +321,11 @@ REWRITES: dict[str, Callable[[Rewriter, fx.Node, fx.Node], None]] = {
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _layer_norm),
     **dict.fromkeys(("full", "zeros", "ones", "empty"), _constant(0)),
     **dict.fromkeys(("new_full", "new_zeros", "new_ones", "new_empty"), _constant(1)),
-    "scaled_dot_product_attention": _attention,
+    "native_group_norm": _native_group_norm,
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _shuffle),
+    "one_hot": _one_hot,
+    "histc": _histc,
+    "arange": _arange,
+    **dict.fromkeys(ATTENTION, _attention),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
 }

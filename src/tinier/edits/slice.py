@@ -8,16 +8,22 @@ import torch
 from torch import Tensor, fx
 
 from tinier.edits.base import Edit, Plan
-from tinier.edits.rewrite import Kept, sliced_graph
+from tinier.edits.rewrite import Kept, kept_along, sliced_graph
 from tinier.edits.stock import stock_modules
-from tinier.errors import RefusedError
+from tinier.errors import ModelError, RefusedError
 from tinier.graph.axes import Atom, Axis, atoms, positions
 from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.graph.masked import masked_outputs, masked_values
-from tinier.graph.trace import Traced, call
+from tinier.graph.single import is_half, single, single_inputs, single_traced
+from tinier.graph.trace import Traced, isolated, leaves
+from tinier.modules.masked import hold, masks_of
 from tinier.network import Network
 
 TOLERANCE = 1e-5
+NOT_PROVED = (
+    "it is on the meta device, where nothing can be run: the smaller network was not proved equal to the masked reference; "
+    "apply the plan to the network with its weights for that"
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class Slice(Edit):
             RefusedError: a slice does not fit the network, or the proof fails.
 
         Cost:
-            One trace, two copies of the network, and a few runs of it at batch 2 and 3.
+            One trace, two copies of what is kept, and a few runs at batch 2 and 3; networks in half precision are also copied whole to
+            float32, in which they are proved.
         """
         slices = [edit for edit in edits if isinstance(edit, Slice)]
         traced = network.traced
@@ -72,11 +79,23 @@ class Slice(Edit):
         if not kept:
             return network.copy()
         graph = sliced_graph(traced, channels, kept)
-        _prove(network, Network(graph, network.example), graph, channels, kept, seed=0)
-        pruned = _stock(network, graph, channels, kept)
+        notes: tuple[str, ...] = ()
+        if on_meta(network):
+            notes = (NOT_PROVED,)
+        else:
+            _prove(network, graph, graph, channels, kept, seed=0)
+        try:
+            pruned = _stock(network, graph, channels, kept)
+        except ModelError as error:  # a class that is built anew from its config says why it cannot
+            pruned, notes = None, (*notes, f"what is left is the traced graph: {error}")
         if pruned is None:
-            module = _named(graph, traced)
+            module = named(graph, traced)
+            try:
+                hold(module, _cut_masks(network, channels, kept))
+            except ValueError as error:
+                raise RefusedError(f"{network.name}: a mask is lost, {error}; unmask it") from error
             pruned = Network(module, network.example, network.name, network.folder)
+        pruned = pruned.noted(*notes)
         pruned.module.train(network.module.training)
         return pruned
 
@@ -117,27 +136,38 @@ def prove(original: Network, pruned: Network, plan: Plan, seed: int = 0) -> floa
     return _prove(original, pruned, graph, channels, atoms_kept, seed)
 
 
+def on_meta(network: Network) -> bool:
+    """Whether parameters or inputs have no values (torch.device("meta"))."""
+    return any(t.is_meta for t in (*network.module.parameters(), *network.example.values()))
+
+
 def _prove(
     original: Network,
-    pruned: Network,
+    pruned: Network | fx.GraphModule,
     graph: fx.GraphModule,
     channels: Channels,
     kept: Kept,
     seed: int,
 ) -> float:
-    inputs = random_inputs(original, seed)
-    wanted = masked_outputs(original.traced, channels, kept, inputs)
+    inputs, traced, run = random_inputs(original, seed), original.traced, pruned
+    if is_half(traced.module, inputs):
+        traced, channels = single_traced(traced, channels)
+        run = single(pruned if isinstance(pruned, fx.GraphModule) else pruned.traced.module)
+        graph, inputs = single(graph), single_inputs(inputs)
+    wanted = masked_outputs(traced, channels, kept, inputs)
     try:
-        difference = _difference(pruned(inputs), wanted)
+        with torch.no_grad():
+            found = run(inputs) if isinstance(run, Network) else leaves(isolated(run, inputs))
+        gap = difference(found, wanted)
     except (RuntimeError, IndexError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RefusedError(f"{original.name}: the pruned network does not run: {first}") from error
-    if difference > TOLERANCE:
-        where = _first_difference(original.traced, graph, channels, kept, inputs)
+    if gap > TOLERANCE:
+        where = _first_difference(traced, graph, channels, kept, inputs)
         raise RefusedError(
-            f"{original.name}: the pruned network differs from the masked reference by {difference:.1e} (relative); {where}"
+            f"{original.name}: the pruned network differs from the masked reference by {gap:.1e} (relative); {where}"
         )
-    return difference
+    return gap
 
 
 def random_inputs(network: Network, seed: int) -> dict[str, Tensor]:
@@ -152,14 +182,25 @@ def random_inputs(network: Network, seed: int) -> dict[str, Tensor]:
             if not deviation > 0:  # an example of zeros or ones would prove nothing
                 deviation = torch.tensor(1.0)
             noise = (
-                torch.randn(tensor.shape, generator=generator) * deviation + tensor.float().mean()
+                torch.randn(tensor.shape, generator=generator).to(tensor.device) * deviation
+                + tensor.float().mean()
             )
-            result[name] = noise.to(tensor.dtype)
+            result[name] = noise.to(tensor)
         elif tensor.dtype == torch.bool or tensor.max() <= 1:  # masks and types
             result[name] = tensor
         else:
             chosen = torch.randint(tensor.numel(), tensor.shape, generator=generator)
-            result[name] = tensor.flatten()[chosen]
+            result[name] = tensor.flatten()[chosen.to(tensor.device)]
+    return result
+
+
+def _cut_masks(network: Network, channels: Channels, kept: Kept) -> dict[str, Tensor]:
+    """What is left of the masks that hold weights of the network at zero."""
+    along, result = kept_along(channels, kept), {}
+    for name, mask in masks_of(network.module).items():
+        for dim, indices in along.get(name, {}).items():
+            mask = mask.index_select(dim, indices)
+        result[name] = mask
     return result
 
 
@@ -176,6 +217,10 @@ def _kept_atoms(slices: list[Slice], channels: Channels) -> Kept:
                 "has no such channel group" if group is None else f"has {group.size} channels there"
             )
             raise RefusedError(f"slice {edit.group} of {edit.size} channels: the network {has}")
+        if len(edit.kept) < group.minimum:
+            raise RefusedError(
+                f"slice {edit.group}: {len(edit.kept)} of {group.size} are kept, {group.minimum} are needed, because so many are chosen"
+            )
         if not edit.kept or edit != Slice.of(group, edit.kept):
             raise RefusedError(f"slice {edit.group}: its cuts are not those of this network")
         if len(edit.kept) < group.size:
@@ -186,12 +231,14 @@ def _kept_atoms(slices: list[Slice], channels: Channels) -> Kept:
     return result
 
 
-def _difference(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+def difference(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     """The largest difference relative to the largest value; infinity for other shapes or NaN in one alone."""
     largest = 0.0
     for a, b in zip(found, wanted, strict=True):
         if a.shape != b.shape:
             return float("inf")
+        if a.is_meta:
+            continue
         if not torch.equal(a.isnan(), b.isnan()):
             return float("inf")
         same = a == b
@@ -215,7 +262,10 @@ def _first_difference(
     with torch.no_grad():
         for node, (original, masked) in pairs:
             if node.op == "placeholder":
-                interpreter.env[node] = inputs[str(node.target)]
+                interpreter.env[node] = inputs[str(node.target)].clone()
+                continue
+            if "empty" in str(node.target):  # whatever was in memory, filled later on
+                interpreter.env[node] = interpreter.run_node(node)
                 continue
             try:
                 interpreter.env[node] = found = interpreter.run_node(node)
@@ -228,9 +278,9 @@ def _first_difference(
                         left = _left(axis, kept)
                         if masked.shape[dim] != original.meta["val"].shape[dim]:
                             break
-                        masked = masked.index_select(dim, left)
+                        masked = masked.index_select(dim, left.to(masked.device))
                 else:
-                    if _difference([found], [masked]) > TOLERANCE:
+                    if difference([found], [masked]) > TOLERANCE:
                         return f"first at {original.name} ({original.target})"
     return "though no operator of the traced graph does: the class computes something else"
 
@@ -241,18 +291,19 @@ def _stock(
     """The user's class with smaller parameters if it computes what the graph does, as it stands and traced."""
     if isinstance(network.module, fx.GraphModule):
         return None
-    batches = [random_inputs(network, seed=1), network.example]
+    meta = on_meta(network)
+    batches = [network.example] if meta else [random_inputs(network, seed=1), network.example]
     with torch.no_grad():
-        wanted = [call(graph, inputs) for inputs in batches]
+        wanted = [leaves(isolated(graph, inputs)) for inputs in batches]
     for module in stock_modules(network.module, channels, kept):
         candidate = Network(module, network.example, network.name, network.folder)
         try:
-            found = [candidate(inputs) for inputs in batches]
-            if not _agree(found, wanted):
+            if not meta and not _agree([candidate(inputs) for inputs in batches], wanted):
                 continue
             # Some classes take another way while they are traced.
+            traced = candidate.traced
             with torch.no_grad():
-                found = [call(candidate.traced.module, inputs) for inputs in batches]
+                found = [leaves(isolated(traced.module, inputs)) for inputs in batches]
         except Exception:  # the user's code: anything may be raised, and the graph stands in
             continue
         if _agree(found, wanted) and candidate.traced.batched == network.traced.batched:
@@ -262,12 +313,12 @@ def _stock(
 
 def _agree(found: list[tuple[Tensor, ...]], wanted: list[tuple[Tensor, ...]]) -> bool:
     return all(
-        len(a) == len(b) and _difference(a, b) <= TOLERANCE
+        len(a) == len(b) and difference(a, b) <= TOLERANCE
         for a, b in zip(found, wanted, strict=True)
     )
 
 
-def _named(graph: fx.GraphModule, traced: Traced) -> fx.GraphModule:
+def named(graph: fx.GraphModule, traced: Traced) -> fx.GraphModule:
     """The graph returning what the user's module did: one tensor, a tuple, or a dict by output name."""
     output = next(iter(graph.graph.find_nodes(op="output")))
     values = output.args[0]

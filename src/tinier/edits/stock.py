@@ -1,31 +1,23 @@
 """The user's own class with smaller parameters: tensors are cut and the attributes that hold sizes put right."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tinier.edits.rewrite import Kept, Rewriter, cut_tensors, kept_along
-from tinier.graph.axes import Atom, Axis, Product, product, size
+from tinier.edits.config import EXPERTS, KEY_HEADS, QUERY_HEADS, set_config, stored
+from tinier.edits.rewrite import Kept, Rewriter, cut_copy, kept_along
+from tinier.edits.stock_keras import keras_modules
+from tinier.graph.axes import size
 from tinier.graph.groups import Channels
 from tinier.graph.macs import module_path
+from tinier.modules.keras import KerasModule
 
 # Names under which attention modules keep what changes with their heads.
-QUERY_HEADS = [
-    "num_heads",
-    "num_attention_heads",
-    "n_heads",
-    "n_head",
-    "heads",
-    "nhead",
-    "num_attn_heads",
-]
-KEY_HEADS = ["num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head"]
 QUERIES_PER_KEY = ["num_key_value_groups", "n_rep", "num_queries_per_kv"]
 ATTENTION_WIDTH = ["all_head_size", "inner_dim", "split_size"]
+EXPERT_WIDTH = ["intermediate_dim", "intermediate_size", "moe_intermediate_size", "ffn_dim", "expert_dim"]
 AMBIGUOUS_WIDTH = ["embed_dim", "hidden_size", "dim", "d_model"]
-CONFIG_WIDTH = ["intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "encoder_ffn_dim"]
 
 
 def stock_modules(module: nn.Module, channels: Channels, kept: Kept) -> Iterable[nn.Module]:
@@ -39,19 +31,22 @@ def stock_modules(module: nn.Module, channels: Channels, kept: Kept) -> Iterable
         channels: its axes.
         kept: atom → (kept,) int64 positions that stay.
     """
+    if isinstance(module, KerasModule):
+        yield from keras_modules(module, channels, kept)
+        return
     run = Rewriter(channels, kept)
     for ambiguous in (False, True):
         for config in (True, False):
-            candidate = copy.deepcopy(module)
-            _cut_layers(candidate, channels, run)
+            candidate = cut_copy(module, kept_along(channels, kept))
+            _set_layers(candidate, run)
             _set_heads(candidate, channels, run, ambiguous)
-            if config and not _set_config(candidate, channels, run):
+            _set_experts(candidate, channels, run)
+            if config and not set_config(candidate, channels, run):
                 continue
             yield candidate
 
 
-def _cut_layers(module: nn.Module, channels: Channels, run: Rewriter) -> None:
-    cut_tensors(module, kept_along(channels, run.kept))
+def _set_layers(module: nn.Module, run: Rewriter) -> None:
     groups = _new_groups(run)
     for path, layer in module.named_modules():
         _set_sizes(layer, groups.get(f"{path}.weight" if path else "weight"))
@@ -69,6 +64,8 @@ def _new_groups(run: Rewriter) -> dict[str, int]:
 
 def _set_sizes(layer: Any, groups: int | None) -> None:
     """Make the attributes of a layer of torch.nn say what its weight says."""
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        _set_recurrent(layer)
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return
@@ -97,13 +94,40 @@ def _set_sizes(layer: Any, groups: int | None) -> None:
         layer.nx, layer.nf = shape
 
 
+def _set_recurrent(layer: Any) -> None:
+    """Sizes of a recurrent layer, and its own list of its parameters."""
+    many = isinstance(layer, nn.RNNBase)
+    suffix = "_l0" if many else ""
+    first, state = getattr(layer, f"weight_ih{suffix}"), getattr(layer, f"weight_hh{suffix}")
+    kind = layer.mode if many else type(layer).__name__.removesuffix("Cell")
+    layer.input_size = first.shape[1]
+    layer.hidden_size = first.shape[0] // {"LSTM": 4, "GRU": 3}.get(kind, 1)
+    if many:
+        if layer.proj_size:
+            layer.proj_size = state.shape[1]
+        layer._init_flat_weights()
+
+
+def _set_experts(module: nn.Module, channels: Channels, run: Rewriter) -> None:
+    """Numbers of experts and their widths, in the modules that hold their stacked weights and in those around them."""
+    layers = dict(module.named_modules())
+    for group in channels.groups:
+        names = EXPERTS if group.kind == "expert" else EXPERT_WIDTH
+        if not run.changed(group.atom):
+            continue
+        for slot in group.slots:
+            path = slot.parameter.rpartition(".")[0]
+            for owner in (path, path.rpartition(".")[0])[: 2 if names is EXPERTS else 1]:
+                _assign(layers.get(owner), dict.fromkeys(names, (group.size, run.size(group.atom))))
+
+
 def _set_heads(module: nn.Module, channels: Channels, run: Rewriter, ambiguous: bool) -> None:
     layers = dict(module.named_modules())
     for node, (queries, keys) in channels.heads.items():
         if not run.changed(queries):
             continue
         old, new = size(queries), run.size(queries)
-        keys = _stored(keys)
+        keys = stored(keys)
         old_keys, new_keys = size(keys), run.size(keys)
         width = _head_dim(node)
         values = (
@@ -122,14 +146,8 @@ def _set_heads(module: nn.Module, channels: Channels, run: Rewriter, ambiguous: 
         _assign(layers[path], values)
 
 
-def _stored(keys: Axis) -> Axis:
-    """Key heads as the parameters have them: without the factor by which they are repeated for their queries."""
-    factors = keys.factors if isinstance(keys, Product) else (keys,)
-    return product(*(f for f in factors if not (isinstance(f, Atom) and "repeated" in f.roles)))
-
-
 def _head_dim(node: fx.Node) -> int:
-    source: Any = node.args[0]
+    source: Any = node.all_input_nodes[0]
     length = source.meta["val"].shape[-1]
     return length if isinstance(length, int) else 0
 
@@ -139,31 +157,3 @@ def _assign(target: Any, values: Mapping[str, tuple[int, int]]) -> None:
         value = getattr(target, name, None)
         if type(value) is int and value == old:
             setattr(target, name, new)
-
-
-def _set_config(module: nn.Module, channels: Channels, run: Rewriter) -> bool:
-    """Put a Hugging Face config right where every layer has the same new width; whether anything changed."""
-    config: Any = getattr(module, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        return False
-    before = config.to_dict()
-    for name in CONFIG_WIDTH:
-        old = getattr(config, name, None)
-        widths = {
-            run.size(group.atom)
-            for group in channels.groups
-            if group.kind == "neuron" and group.size == old
-        }
-        if type(old) is int and len(widths) == 1:
-            setattr(config, name, widths.pop())
-    heads = {
-        (run.size(queries), run.size(_stored(keys))) for queries, keys in channels.heads.values()
-    }
-    # Without a head_dim of its own a config derives it from the number of heads, which would then be wrong.
-    if len(heads) == 1 and type(getattr(config, "head_dim", None)) is int:
-        queries, keys = heads.pop()
-        for names, count in ((QUERY_HEADS, queries), (KEY_HEADS, keys)):
-            for name in names:
-                if type(getattr(config, name, None)) is int:
-                    setattr(config, name, count)
-    return bool(config.to_dict() != before)

@@ -35,18 +35,20 @@ class Atom:
         size: number of positions.
         bound: the axis that this atom turned out to be, once it has been refined or unified.
         pins: why it must keep its size; empty for a free atom.
-        roles: what operators use it for: "head", "head_dim", "normalised", "repeated" (the same values at each position, as
-            key heads that several query heads share).
+        roles: what operators use it for: "head", "head_dim", "hidden", "expert", "normalised", "repeated" (the same values at
+            each position, as key heads that several query heads share).
+        minimum: how many positions must stay: the k of a top-k over it.
         number: order of creation, which makes every listing deterministic.
     """
 
-    __slots__ = ("bound", "number", "pins", "roles", "size")
+    __slots__ = ("bound", "minimum", "number", "pins", "roles", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.bound: Axis | None = None
         self.pins: list[Pin] = []
         self.roles: set[str] = set()
+        self.minimum = 1
         self.number = next(_numbers)
 
     def __repr__(self) -> str:
@@ -184,6 +186,7 @@ def _bind(atom: Atom, axis: Axis) -> None:
     for leaf in atoms(axis):
         leaf.pins += [why for why in atom.pins if why not in leaf.pins]
         leaf.roles |= atom.roles
+        leaf.minimum = max(leaf.minimum, min(atom.minimum, leaf.size))
     atom.bound = axis
 
 

@@ -12,6 +12,7 @@ from tinier.graph.axes import (
     Axis,
     Path,
     Pin,
+    atoms,
     coordinates,
     fresh,
     pin,
@@ -23,6 +24,8 @@ from tinier.graph.axes import (
 from tinier.graph.rules import RULES, Flow, operator_name
 from tinier.graph.rules.base import hint
 from tinier.graph.rules.linear import KERNEL
+from tinier.graph.rules.pointers import follow
+from tinier.graph.rules.shape import STEPS
 from tinier.graph.trace import Traced
 
 
@@ -54,10 +57,12 @@ class Group:
     Attributes:
         name: the module whose parameter has it first, and the kind where that is not a plain channel.
         size: number of channels.
-        kind: "channel" (of a convolution), "neuron" (of a linear layer), "head", "head_dim" or "normalised" (a layer
-            norm, RMS norm, group norm, softmax or mean runs over it, as over the residual width of a transformer).
+        kind: "channel" (of a convolution), "neuron" (of a linear layer), "hidden" (unit of a recurrent layer), "expert", "head"
+            (with the key and value heads that it shares), "head_dim" or "normalised" (a layer norm, RMS norm, group norm, softmax
+            or mean runs over it, as over the residual width of a transformer).
         slots: where it occurs in parameters and buffers.
         atom: the axis.
+        minimum: how many channels must stay: as many experts as each token is sent to.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Group:
     kind: str
     slots: tuple[Slot, ...]
     atom: Atom
+    minimum: int = 1
 
     def __str__(self) -> str:
         where = ", ".join(f"{s.parameter}[{s.dim}]" for s in self.slots)
@@ -136,6 +142,8 @@ def channel_groups(traced: Traced) -> Channels:
     flow, tensors = Flow(), named_tensors(traced.module)
     own: dict[int, list[Axis]] = {}
     for node in traced.module.graph.nodes:
+        if node.op == "placeholder" or not flow.fed.isdisjoint(node.all_input_nodes):
+            flow.fed.add(node)
         flow.axes[node] = _propagate(flow, node, tensors, own)
     axes = {node: _resolved(found) for node, found in flow.axes.items()}
     parameters = {
@@ -147,8 +155,16 @@ def channel_groups(traced: Traced) -> Channels:
     outer = {node: resolve(axis) for node, axis in flow.outer.items()}
     trainable = {name for name, _ in traced.module.named_parameters(remove_duplicate=False)}
     slots, pinned = _collect(parameters, tensors)
-    groups = _groups(slots, trainable, {name for name, t in tensors.items() if t.ndim > 2})
+    kernels = {name for name, axes in parameters.items() if len(axes) > 2 and _spatial(axes[2:])}
+    groups = _groups(slots, trainable, kernels)
     return Channels(groups, tuple(pinned), axes, parameters, heads, outer)
+
+
+def _spatial(axes: list[Axis]) -> bool:
+    """Whether the dimensions of a parameter after the second are the extent of a convolution's kernel."""
+    return all(why.reason == KERNEL for axis in axes for atom in atoms(axis) for why in atom.pins[:1]) and all(
+        atom.pins for axis in axes for atom in atoms(axis)
+    )
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -171,11 +187,14 @@ def _propagate(
         return own[id(tensor)]
     if node.op == "output":
         for source in node.all_input_nodes:
-            for axis in flow.of(source):
+            into = flow.pointed(source)
+            for axis in (*flow.of(source), *([] if into is None else [into])):
                 pin(axis, Pin("output", "the network returns it"))
         return None
     if node.target is getitem:
         found = flow.axes[node.args[0]]  # type: ignore[index]
+        if node.args in flow.points:  # (whose result, which of them)
+            flow.points[node, 0] = flow.points[node.args]  # type: ignore[index]
         return found[node.args[1]] if isinstance(found, tuple) else flow.opaque(node, "a list")  # type: ignore[index, return-value]
     if not isinstance(value, Tensor | list | tuple):
         return None  # sizes and checks
@@ -185,6 +204,7 @@ def _propagate(
         flow.pin_all(node, reason)
         return flow.opaque(node, reason)
     result = rule(flow, node)
+    follow(flow, node)
     if not _fits(result, value):
         reason = "the propagation rule does not cover this form of the operator"
         flow.pin_all(node, reason)
@@ -229,7 +249,7 @@ def _collect(
             for atom, path in places(axis):
                 if not atom.pins:
                     slots.setdefault(atom, []).append(Slot(name, dim, path, axis))
-                elif not any(why.reason == KERNEL for why in atom.pins):
+                elif not any(why.reason in (KERNEL, STEPS) for why in atom.pins):
                     pinned.append(PinnedAxis(name, dim, atom.size, tuple(atom.pins)))
     return slots, pinned
 
@@ -255,12 +275,12 @@ def _groups(
         while name in taken:
             name, number = f"{base}#{number}", number + 1
         taken.add(name)
-        groups.append(Group(name, atom.size, kind, tuple(places_of), atom))
+        groups.append(Group(name, atom.size, kind, tuple(places_of), atom, atom.minimum))
     return tuple(groups)
 
 
 def _kind(atom: Atom, slots: list[Slot], kernels: set[str]) -> str:
-    for role in ("head", "normalised", "head_dim"):
+    for role in ("expert", "hidden", "head", "normalised", "head_dim"):
         if role in atom.roles:
             return role
     return "channel" if any(slot.parameter in kernels for slot in slots) else "neuron"

@@ -2,16 +2,27 @@
 
 import contextlib
 import logging
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import getitem
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from tinier.errors import ModelError
+from tinier.graph.capture import DependsOnData, capture, register
+
+_TORCH = str(Path(torch.__file__).parent)
+_TINIER = str(Path(__file__).parent.parent)
+_PYTHON = sysconfig.get_path("stdlib")
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,8 @@ class Traced:
     """The graph of a network in evaluation mode.
 
     Attributes:
-        module: runs the graph; parameters and buffers have the names of the traced module, and are copies.
+        module: runs the graph; parameters and buffers have the names of the traced module. Parameters share their memory with it:
+            whoever trains or changes them works on a deep copy.
         inputs: names of the placeholders, in the order of the example.
         outputs: name of each tensor that the network returns.
         batched: whether the batch size (dimension 0 of every input) is free in the graph.
@@ -33,112 +45,268 @@ class Traced:
 
 
 def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
-    """Trace a network with ``torch.export`` in evaluation mode.
+    """The graph of a network in evaluation mode: ``torch.export``, or a recorded run where that fails.
 
     Dimension 0 of each input is the batch and stays free where the model allows it; of integer inputs (token ids and masks)
-    every dimension does.
+    every dimension does. Dimensions of size 1 are fixed, and so are pictures' sides and the length of float sequences: many models
+    compute sizes from them that only a run can tell.
 
     Args:
-        module: the network; its mode and its parameters are left as they are.
+        module: the network; its mode, parameters, buffers and gradients are left as they are.
         example: input name → tensor with batch size 2 or more (1 fixes the batch size).
 
     Returns:
-        The traced network; its parameters are copies.
+        The traced network. Its parameters share their memory with the module's, its buffers are copies.
 
     Raises:
         ModelError: the network cannot be traced; the message has the line of the model that stopped it.
 
     Cost:
-        One run of the network, plus seconds for large graphs; one copy of the parameters.
+        Seconds for large graphs; no run of the network and no copy of its parameters, but where torch.export fails.
     """
-    dynamic = {
-        name: {
-            dim: Dim.AUTO
-            for dim in range(tensor.ndim)
-            if tensor.shape[dim] > 1 and (dim == 0 or not tensor.is_floating_point())
-        }
-        for name, tensor in example.items()
-    }
-    training = module.training
-    module.eval()
-    try:
-        with quiet(), torch.no_grad():
-            exported = torch.export.export(
-                module, (), dict(example), dynamic_shapes=dynamic, strict=False
-            )
-            graph_module = exported.module(check_guards=False)
-    except Exception as error:
-        raise ModelError(
-            f"the network cannot be traced by torch.export: {_first_lines(error)}"
-        ) from error
-    finally:
-        module.train(training)
+    _check(module)
     names = tuple(example)
-    plain = _plain(graph_module, names)
+    result: Any = None
+    with evaluating(module):
+        try:
+            exported = _export(module, example)
+            plain = _plain(exported.module(check_guards=False), names)
+        # The user's code runs inside, and torch.export has no common base for what stops it.
+        except Exception as error:
+            captured, result = _captured(module, example, error)
+            try:
+                exported = _export(captured, example)
+                plain = _plain(exported.module(check_guards=False), names)
+            except Exception as second:
+                raise _refusal(error, second) from error
+    if result is None:
+        spec = exported.call_spec.out_spec
+        (output,) = exported.graph.find_nodes(op="output")
+        returned = list(output.args[0])[-spec.num_leaves :] if spec.num_leaves else []  # type: ignore[arg-type, union-attr]
+        values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in returned]
+        result = pytree.tree_unflatten(values, spec)
     batched = all(
         # A symbol may have been found to have one value only: ``len(x)`` in a model fixes it.
         not isinstance(size := node.meta["val"].shape[0], int) and size.node.maybe_as_int() is None
         for node in plain.graph.find_nodes(op="placeholder")
         if node.meta["val"].ndim
     )
-    return Traced(plain, exported, names, output_names(module, example), batched)
+    return Traced(plain, exported, names, _names(result), batched)
+
+
+def _check(module: nn.Module) -> None:
+    """Refuse modules that nothing can trace, with a way out."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            "the network is TorchScript, which hides its operators; give the nn.Module that it was made from, or export it to ONNX"
+        )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise ModelError(
+                f"{name} has no shape yet, for its layer is lazy; run it once on the example: model(*example)"
+            )
+
+
+def _export(module: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
+    dynamic = {
+        name: {dim: Dim.AUTO for dim in _free(tensor) if tensor.shape[dim] > 1}
+        for name, tensor in example.items()
+    }
+    with quiet(), torch.no_grad():
+        return torch.export.export(module, (), dict(example), dynamic_shapes=dynamic, strict=False)
+
+
+def _free(tensor: Tensor) -> range:
+    """The dimensions whose size may change from call to call: the batch, and everything of token ids and masks."""
+    return range(min(tensor.ndim, 1) if tensor.is_floating_point() else tensor.ndim)
+
+
+def _captured(
+    module: nn.Module, example: Mapping[str, Tensor], error: Exception
+) -> tuple[nn.Module, Any]:
+    """The network as a recorded run of it; raises ModelError, with what stopped torch.export, where there is none."""
+    if any(t.is_meta for t in (*module.state_dict().values(), *example.values())):
+        raise _refusal(error) from error  # there is nothing to run
+    free = []
+    for dim in range(max(tensor.ndim for tensor in example.values())):
+        dims = {name: dim for name, tensor in example.items() if dim in _free(tensor)}
+        sizes = {example[name].shape[dim] for name in dims}
+        if len(sizes) == 1 and min(sizes) > 1:
+            free.append(dims)
+    try:
+        with quiet():
+            return capture(module, example, free)
+    except Exception as second:
+        raise _refusal(error, second) from error
+
+
+def _refusal(error: Exception, second: Exception | None = None) -> ModelError:
+    """Why there is no graph, with the line of the model; the second reason is that of the recorded run."""
+    depends = isinstance(second, DependsOnData)
+    line = line_of(second) if depends and second else line_of(error)
+    where = f" at {line}" if line else ""
+    if depends:
+        return ModelError(
+            f"the network cannot be traced: its path or a shape depends on the values of its inputs{where}; "
+            f"write it with torch operators that keep the shape (torch.where, masks), or torch.cond. {second}"
+        )
+    also = f"\n  a recorded run failed, too: {_first_lines(second, 2)}" if second else ""
+    return ModelError(f"the network cannot be traced{where}: {_first_lines(error)}{also}")
+
+
+def line_of(error: BaseException) -> str | None:
+    """The line of the user's model that an error came from, as ``file:line: source``; None if it was none of theirs.
+
+    The innermost frame outside of torch, of tinier and of Python itself, over the error and what caused it.
+    """
+    found = None
+    seen: BaseException | None = error
+    while seen is not None:
+        for frame in traceback.extract_tb(seen.__traceback__):
+            if _is_model(frame.filename):
+                found = frame
+        if found is not None:
+            break
+        seen = seen.__cause__ or seen.__context__
+    if found is None:
+        return None
+    path = Path(found.filename)
+    name = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return f"{name}:{found.lineno}: {found.line}"
+
+
+def _is_model(file: str) -> bool:
+    installed = "site-packages" in file
+    return not file.startswith((_TORCH, _TINIER, "<")) and (
+        installed or not file.startswith(_PYTHON)
+    )
 
 
 def _plain(exported: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:
-    """The exported graph with ordinary arguments, a flat tuple as result and tensors of its own.
+    """The exported graph with ordinary arguments, a flat tuple as result and parameters of its own.
 
     torch.export's module checks its inputs and packs its outputs by a fixed call form; edited graphs outlive that form.
     """
     assert isinstance(exported, fx.GraphModule)
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, Any] = {}
     inputs = iter(names)
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             copies[node] = graph.placeholder(next(inputs))
             copies[node].meta = dict(node.meta)
         elif node.op == "output":
-            leaves = [leaf for leaf in pytree.tree_leaves(node.args[0]) if leaf is not None]
-            graph.output(tuple(copies[leaf] for leaf in leaves if isinstance(leaf, fx.Node)))
+            found = pytree.tree_leaves(node.args[0])
+            graph.output(tuple(copies[leaf] for leaf in found if isinstance(leaf, fx.Node)))
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            copies[node] = _inlined(graph, exported, node, copies)
+        elif node.op == "get_attr" and isinstance(_attribute(exported, node.target), nn.Module):
+            continue  # the body of a higher-order operator
+        elif node.target is getitem and isinstance(copies[node.args[0]], tuple):
+            copies[node] = copies[node.args[0]][node.args[1]]
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.eliminate_dead_code()
-    # Tied tensors stay tied: one copy for each tensor, under every name that it has.
+    # Tied tensors stay tied: one tensor under every name that it has. Parameters share their memory with the user's, for nothing
+    # here writes to them, but gradients and requires_grad are their own; the graph may write to buffers, so they are copies.
     own: dict[int, Tensor] = {}
     root = nn.Module()
     tensor: Tensor
+    written = _written(graph)
     for name, tensor in exported.named_parameters(remove_duplicate=False):
-        parameter = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-        _register(root, name, own.setdefault(id(tensor), parameter))
+        data = tensor.detach().clone() if name in written else tensor.detach()
+        parameter = nn.Parameter(data, tensor.requires_grad)
+        register(root, name, own.setdefault(id(tensor), parameter))
     for name, tensor in exported.named_buffers(remove_duplicate=False):
-        _register(root, name, own.setdefault(id(tensor), tensor.detach().clone()))
+        register(root, name, own.setdefault(id(tensor), tensor.detach().clone()))
     for node in graph.find_nodes(op="get_attr"):
         value = _attribute(exported, node.target)
         if not isinstance(value, Tensor):
             raise ModelError(f"the traced graph holds {node.target}, which is not a tensor")
         if _attribute(root, node.target) is None:
-            _register(root, node.target, value.detach().clone())
+            register(root, node.target, value.detach().clone())
     module = fx.GraphModule(root, graph)
     return module.eval()
+
+
+def _inlined(
+    graph: fx.Graph, owner: nn.Module, node: fx.Node, copies: Mapping[fx.Node, Any]
+) -> Any:
+    """The body of a context (no_grad, autocast) in place of the operator that stands for it: what it returns."""
+    name = node.target.name()  # type: ignore[union-attr]
+    if name == "wrap_with_set_grad_enabled":
+        on, body, *given = node.args
+    elif name == "wrap_with_autocast" and node.args[2] is False:
+        on, (_, _, _, _, body, *given) = True, node.args
+    else:
+        raise ModelError(f"{name} has a graph of its own inside, which cannot be cut")
+    inner = _attribute(owner, str(body.target))  # type: ignore[union-attr]
+    assert isinstance(inner, fx.GraphModule)
+    inside: dict[fx.Node, Any] = {}
+    arguments = iter(given)
+    result: Any = ()
+    for part in inner.graph.nodes:
+        if part.op == "placeholder":
+            inside[part] = copies[next(arguments)]  # type: ignore[index]
+        elif part.op == "output":
+            result = tuple(inside[leaf] for leaf in part.args[0])
+        else:
+            inside[part] = graph.node_copy(part, inside.__getitem__)
+    if on:
+        return result
+    blocked = []
+    for value in result:  # no gradient goes through
+        blocked.append(graph.call_function(torch.ops.aten.detach.default, (value,)))
+        blocked[-1].meta = dict(value.meta)
+    return tuple(blocked)
+
+
+def _written(graph: fx.Graph) -> set[str]:
+    """Names of the parameters and buffers that an operator of the graph writes to."""
+    return {
+        str(source.target)
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for source in node.all_input_nodes
+        if source.op == "get_attr"
+    }
 
 
 def output_names(module: nn.Module, example: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Names of the tensors that a network returns: the keys of a dict or Hugging Face output, else output_0, output_1, …"""
     with evaluating(module), torch.no_grad():
-        result = module(**example)
+        return _names(isolated(module, example))
+
+
+def _names(result: Any) -> tuple[str, ...]:
     if isinstance(result, Mapping):
         names = []
         for key, value in result.items():
             count = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
             names += [key] if count == 1 else [f"{key}_{index}" for index in range(count)]
         return tuple(names)
-    leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return ("output",) if len(leaves) == 1 else tuple(f"output_{i}" for i in range(len(leaves)))
+    count = len(leaves(result))
+    return ("output",) if count == 1 else tuple(f"output_{index}" for index in range(count))
+
+
+def isolated(module: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """Run a network; what it writes to its inputs and buffers is forgotten afterwards."""
+    copies = {name: tensor.clone() for name, tensor in inputs.items()}
+    buffers = {} if isinstance(module, torch.jit.ScriptModule) else dict(module.named_buffers())
+    if not buffers:
+        return module(**copies)
+    kept = {name: buffer.clone() for name, buffer in buffers.items()}
+    return torch.func.functional_call(module, kept, (), copies)
 
 
 def call(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Run a network and flatten what it returns to a tuple of tensors."""
-    return tuple(leaf for leaf in pytree.tree_leaves(module(**inputs)) if isinstance(leaf, Tensor))
+    """Run a network, as it does itself, and flatten what it returns to a tuple of tensors."""
+    return leaves(module(**inputs))
+
+
+def leaves(result: Any) -> tuple[Tensor, ...]:
+    """The tensors of what a network returned, in order."""
+    return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
 
 
 @contextlib.contextmanager
@@ -171,25 +339,12 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _register(root: nn.Module, name: str, value: Tensor) -> None:
-    *path, leaf = name.split(".")
-    owner = root
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    if isinstance(value, nn.Parameter):
-        owner.register_parameter(leaf, value)
-    else:
-        owner.register_buffer(leaf, value)
-
-
 def _attribute(root: object, name: str) -> object:
     for part in name.split("."):
         root = getattr(root, part, None)
     return root
 
 
-def _first_lines(error: Exception, count: int = 6) -> str:
+def _first_lines(error: BaseException, count: int = 6) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return "\n  ".join(lines[:count]) or type(error).__name__

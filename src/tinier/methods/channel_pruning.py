@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import ceil, gcd
+from fnmatch import fnmatchcase
+from math import ceil
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tinier.criteria.base import Criterion
@@ -12,14 +14,18 @@ from tinier.criteria.magnitude import Magnitude
 from tinier.edits.base import Plan
 from tinier.edits.slice import Slice
 from tinier.errors import InputError, RefusedError
-from tinier.graph.axes import Atom, Concat, Product, size
+from tinier.graph.axes import Atom
 from tinier.graph.groups import Channels, Group, channel_groups
-from tinier.graph.macs import Cost, mac_terms, parameter_terms
+from tinier.graph.macs import COSTS, Cost
+from tinier.methods.allocation import Knob, above, allocate
 from tinier.methods.base import Method
+from tinier.methods.uniform import bundles
 from tinier.network import Network
 from tinier.statistics import Statistics
 
-WIDTHS = 4  # a group has at least this many widths to choose from, rounded less where it is narrow
+RANKINGS = ("global", "kind", "local")
+# Kinds that are cut only when the others cannot reach the cost: which kinds there are, from the first to the last resort.
+RESORTS = (frozenset[str](), frozenset({"head_dim"}), frozenset({"head_dim", "normalised"}))
 
 
 @dataclass(frozen=True)
@@ -27,17 +33,26 @@ class ChannelPruning(Method):
     """Rank the channels of all groups against each other and cut the lowest until the cost is low enough.
 
     Channel i of group g ranks by sᵢ / (mean of s over g) / (c_g / mean of c)^cost_weight, where s is the criterion's score and c_g what
-    the network saves when the group goes. Every group keeps at least ``min_keep`` of its channels, and at least one.
+    the network saves when the group goes; scores that mean the same in every group, such as a loss, are not divided by their mean.
+    Every group keeps at least ``min_keep`` of its channels, and at least one.
 
     Attributes:
         keep: the share of the cost that may be left, in (0, 1].
-        of: what is counted: "macs" at batch 1, or "parameters".
+        of: what is counted: "macs" at batch 1, "parameters", "bytes" of the parameters, or "channels" of each group.
+        at_most: the cost that may be left as a number instead: MACs, parameters or bytes.
+        threshold: cut every channel that ranks at or below this instead, whatever that costs.
+        rates: (pattern, share) pairs: groups whose name matches keep exactly this share of their channels; "*" matches anything.
+        exclude: patterns of names of groups, or of modules, whose channels all stay.
         criterion: scores the channels.
+        ranking: "global" ranks all channels against each other, "kind" those of one kind (neurons, heads, …), each kind losing the same
+            share, and "local" those of a group, each group losing the same share.
+        uniform: whether the groups that play the same part in every layer keep the same width, as a standard checkpoint needs.
         round_to: widths become multiples of this where the target allows it, of less in narrow groups; runtimes like 8.
         min_keep: the smallest share of a group's channels that stays.
         cost_weight: 0 ranks by score alone, 1 by score for each unit of cost.
-        normalised: whether groups that a layer norm, RMS norm or softmax runs over, as over the residual width of a transformer, are cut.
-        head_dims: whether the size of attention heads is cut; otherwise heads leave whole.
+        normalised: whether groups that a layer norm, RMS norm or softmax runs over, as over the residual width of a transformer, are cut;
+            None cuts them where the cost cannot be met without.
+        head_dims: whether the size of attention heads is cut; None where the cost cannot be met by cutting heads and neurons.
 
     Source:
         Fang et al. 2023, "DepGraph: Towards any structural pruning", for group-wise ranking.
@@ -50,69 +65,165 @@ class ChannelPruning(Method):
 
     keep: float = 0.5
     of: str = "macs"
+    at_most: float | None = None
+    threshold: float | None = None
+    rates: tuple[tuple[str, float], ...] = ()
+    exclude: tuple[str, ...] = ()
     criterion: Criterion = field(default_factory=Magnitude)
+    ranking: str = "global"
+    uniform: bool = False
     round_to: int = 8
     min_keep: float = 0.1
     cost_weight: float = 0.0
-    normalised: bool = False
-    head_dims: bool = False
+    normalised: bool | None = None
+    head_dims: bool | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise InputError(
                 f"keep={self.keep}: a share in (0, 1] is needed, 0.5 for half the cost"
             )
-        if self.of not in ("macs", "parameters"):
-            raise InputError(f"of={self.of!r}: 'macs' or 'parameters' is needed")
+        if self.of not in (*COSTS, "channels"):
+            raise InputError(f"of={self.of!r}: one of {', '.join(COSTS)} or channels is needed")
+        if self.at_most is not None and (self.of == "channels" or not self.at_most > 0):
+            raise InputError(
+                f"at_most={self.at_most}: a positive number of {', '.join(COSTS)} is needed"
+            )
+        if self.ranking not in RANKINGS:
+            raise InputError(f"ranking={self.ranking!r}: one of {', '.join(RANKINGS)} is needed")
         if self.round_to < 1 or not 0 <= self.min_keep <= 1:
             raise InputError(
                 f"round_to={self.round_to} must be at least 1 and min_keep={self.min_keep} in [0, 1]"
             )
+        for pattern, share in self.rates:
+            if not 0 < share <= 1:
+                raise InputError(f"rates: {pattern} {share}: a share in (0, 1] is needed")
 
     def plan(self, network: Network, statistics: Statistics | None = None) -> Plan:
         """One slice for each group that loses channels.
+
+        Args:
+            network: left as it is.
+            statistics: what the criterion needs of data.
 
         Raises:
             RefusedError: nothing can be cut, or the target cannot be reached; the message has the least possible.
 
         Cost:
-            One pass over the operators, one over the parameters, and some hundred evaluations of the cost; no run of the network.
+            One pass over the operators, what the criterion costs, and some tens of evaluations of the cost; no run of the network.
         """
         traced = network.traced
         channels = channel_groups(traced)
-        terms = mac_terms if self.of == "macs" else parameter_terms
-        cost = Cost(terms(traced, channels))
-        if self.keep == 1:
+        cost = Cost(COSTS["macs" if self.of == "channels" else self.of](traced, channels))
+        share = self.keep if self.at_most is None else min(self.at_most / cost.at({}), 1.0)
+        fixed = self._fixed(channels)
+        if share == 1 and not fixed and self.threshold is None:
             return Plan()
-        groups = [group for group in channels.groups if self._eligible(group)]
-        if not groups:
-            raise RefusedError(f"{network.name}: no channel can be cut. {_why(channels)}")
-        scores = self.criterion.scores(network, groups, statistics)
-        for group in groups:
-            if not bool(scores[group.name].isfinite().all()):
-                raise RefusedError(
-                    f"{group.name}: {self.criterion} gives scores that are not finite"
-                )
-        ranks = self._ranks(groups, scores, cost)
-        budget = self.keep * cost.at({})
-        widths = self._search(groups, ranks, cost, budget)
-        if widths is None:
-            least = cost.at({group.atom: self._floor(group, 1) for group in groups}) / cost.at({})
-            raise RefusedError(
-                f"{network.name}: {self.keep:.1%} of the {self.of} was asked for, the least possible with at least "
-                f"{self.min_keep:.0%} of each group is {least:.1%}. {_why(channels)}"
-            )
+        candidates = [group for group in channels.groups if self._may_go(group)]
+        if not candidates:
+            raise RefusedError(f"{network.name}: no channel can be cut. {why(channels)}")
+        scores = self._scores(network, candidates, statistics)
+        widths = self._widths(network, channels, candidates, scores, cost, share, fixed)
         edits = []
-        for group in groups:
-            count = widths[group.atom]
+        for group in candidates:
+            count = widths.get(group.atom, group.size)
             if count < group.size:
                 order = scores[group.name].argsort(descending=True, stable=True)
                 edits.append(Slice.of(group, order[:count].tolist()))
         return Plan(tuple(edits))
 
-    def _eligible(self, group: Group) -> bool:
-        kinds = {"normalised": self.normalised, "head_dim": self.head_dims}
-        return group.size > 1 and kinds.get(group.kind, True)
+    def _may_go(self, group: Group) -> bool:
+        asked = {"normalised": self.normalised, "head_dim": self.head_dims}
+        if group.size <= group.minimum or asked.get(group.kind) is False:
+            return False
+        module = group.name.partition(":")[0]
+        return not any(
+            fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
+            for pattern in self.exclude
+            for name in (group.name, module)
+        )
+
+    def _scores(
+        self, network: Network, groups: list[Group], statistics: Statistics | None
+    ) -> dict[str, Tensor]:
+        scores = dict(self.criterion.scores(network, groups, statistics))
+        for group in groups:
+            values = scores[group.name]
+            if values.shape != (group.size,):
+                raise RefusedError(
+                    f"{group.name}: {self.criterion} gives scores of shape {tuple(values.shape)}, ({group.size},) is needed"
+                )
+            if not bool(values.isfinite().all()):
+                raise RefusedError(
+                    f"{group.name}: {self.criterion} gives scores that are not finite"
+                )
+            scores[group.name] = values.double().cpu()
+        return scores
+
+    def _fixed(self, channels: Channels) -> dict[Atom, int]:
+        """The widths of groups that have a rate of their own."""
+        result = {}
+        for pattern, share in self.rates:
+            matching = [g for g in channels.groups if fnmatchcase(g.name, pattern)]
+            if not matching:
+                raise InputError(
+                    f"rates: no channel group is called {pattern}; there are {', '.join(g.name for g in channels.groups)}"
+                )
+            for group in matching:
+                result[group.atom] = max(round(share * group.size), group.minimum, 1)
+        return result
+
+    def _widths(
+        self,
+        network: Network,
+        channels: Channels,
+        candidates: list[Group],
+        scores: Mapping[str, Tensor],
+        cost: Cost,
+        share: float,
+        fixed: dict[Atom, int],
+    ) -> dict[Atom, int]:
+        whole = cost.at({})
+        budget, cost = share * whole, Cost(cost.terms, fixed)
+        open_groups = [group for group in candidates if group.atom not in fixed]
+        if (share == 1 and self.threshold is None) or not open_groups:
+            return dict(fixed)
+        ranks = self._ranks(open_groups, scores, cost)
+        if self.threshold is not None or self.of == "channels":
+            first = [g for g in open_groups if g.kind not in RESORTS[-1] or self._asked(g)]
+            knobs = self._knobs(network, channels, first or open_groups, ranks, self.min_keep)
+            if self.threshold is not None:
+                return above(knobs, self.threshold, self.round_to) | fixed
+            wanted: dict[Atom, int] = {}
+            for knob in knobs:
+                step = knob.step(self.round_to)
+                count = max(round(share * knob.size / step) * step, knob.floor)
+                wanted |= knob.at(min(count, knob.size))
+            return wanted | fixed
+        # A resort is enough when no group falls to less than half of what the whole keeps; the last one goes as far as it must.
+        for resort in RESORTS:
+            groups = [
+                g for g in open_groups if g.kind not in RESORTS[-1] - resort or self._asked(g)
+            ]
+            if not groups:
+                continue
+            last = len(groups) == len(open_groups)
+            least = self.min_keep if last else max(self.min_keep, share / 2)
+            knobs = self._knobs(network, channels, groups, ranks, least)
+            widths = allocate(knobs, cost, budget, self.round_to)
+            if widths is not None:
+                return widths | fixed
+            if last:
+                break
+        lowest = {a: n for knob in knobs for a, n in knob.at(knob.floor).items()}
+        least = cost.at(lowest) / whole
+        raise RefusedError(
+            f"{network.name}: {share:.1%} of the {self.of} was asked for, the least possible with at least "
+            f"{self.min_keep:.0%} of each group is {least:.1%}. {why(channels)}"
+        )
+
+    def _asked(self, group: Group) -> bool:
+        return bool({"normalised": self.normalised, "head_dim": self.head_dims}.get(group.kind))
 
     def _ranks(
         self, groups: list[Group], scores: Mapping[str, Tensor], cost: Cost
@@ -122,115 +233,56 @@ class ChannelPruning(Method):
         mean = sum(saved) / len(saved)
         result = {}
         for group, saves in zip(groups, saved, strict=True):
-            score = scores[group.name].double().cpu()
-            average = score.mean().clamp(min=1e-30)
+            score = scores[group.name]
+            average = 1.0 if self.criterion.comparable else float(score.mean().clamp(min=1e-30))
             weight = (saves / mean) ** self.cost_weight
             result[group.atom] = (score / average / weight).sort(descending=True).values
+        if self.ranking == "local":
+            return {group.atom: _places(result[group.atom]) for group in groups}
+        if self.ranking == "kind":
+            for kind in {group.kind for group in groups}:
+                atoms = [group.atom for group in groups if group.kind == kind]
+                places = _places(torch.cat([result[atom] for atom in atoms]))
+                sizes = [atom.size for atom in atoms]
+                for atom, own in zip(atoms, places.split(sizes), strict=True):
+                    result[atom] = own
         return result
 
-    def _search(
-        self, groups: list[Group], ranks: Mapping[Atom, Tensor], cost: Cost, budget: float
-    ) -> dict[Atom, int] | None:
-        """Widths that cost at most the budget, as near to it as they get; None if there are none."""
-        for rounding in (self.round_to, 1):
-            steps = {group.atom: self._step(group, rounding) for group in groups}
-            floors = {group.atom: self._floor(group, steps[group.atom]) for group in groups}
-            if cost.at(floors) > budget:
-                continue
-            thresholds = sorted({float(rank) for group in ranks.values() for rank in group})
-            low, high = 0, len(thresholds)  # everything above thresholds[low] stays: too much
-            widths = floors
-            while low < high:
-                middle = (low + high) // 2
-                trial = self._widths(groups, ranks, thresholds[middle], steps, floors)
-                if cost.at(trial) <= budget:
-                    high, widths = middle, trial
-                else:
-                    low = middle + 1
-            return _refill(groups, ranks, cost, budget, widths, steps)
-        return None
-
-    def _widths(
+    def _knobs(
         self,
+        network: Network,
+        channels: Channels,
         groups: list[Group],
         ranks: Mapping[Atom, Tensor],
-        threshold: float,
-        steps: Mapping[Atom, int],
-        floors: Mapping[Atom, int],
-    ) -> dict[Atom, int]:
-        result = {}
-        for group in groups:
-            step = steps[group.atom]
-            count = int((ranks[group.atom] > threshold).sum())
-            rounded = int(count / step + 0.5) * step
-            result[group.atom] = min(max(rounded, floors[group.atom]), group.size)
+        least: float,
+    ) -> list[Knob]:
+        together = (
+            bundles(network, channels, groups)
+            if self.uniform
+            else [((group, 1),) for group in groups]
+        )
+        result = []
+        for bundle in together:
+            size = bundle[0][0].size // bundle[0][1]
+            mean = torch.stack([ranks[g.atom].view(size, unit).mean(1) for g, unit in bundle])
+            floor = max(
+                max(ceil(least * size - 1e-9), -(-group.minimum // unit), 1)
+                for group, unit in bundle
+            )
+            result.append(Knob(bundle, mean.mean(0), min(floor, size)))
         return result
 
-    def _floor(self, group: Group, step: int) -> int:
-        return min(ceil(max(1, self.min_keep * group.size) / step) * step, group.size)
 
-    def _step(self, group: Group, rounding: int) -> int:
-        """By how many channels a group shrinks so that the parameters' dimensions stay multiples of ``rounding``."""
-        inner = 0
-        for slot in group.slots:
-            inner = gcd(inner, _multiplicity(slot.axis, group.atom))
-        step = rounding // gcd(rounding, inner)
-        # Narrow groups need some widths to choose from: 8 and 16 alone are too coarse for 16 channels.
-        while step > 1 and group.size < WIDTHS * step:
-            step //= 2
-        return max(step, 1)
-
-
-def _multiplicity(axis: object, atom: Atom) -> int:
-    """How many positions of an axis each position of an atom stands for."""
-    if isinstance(axis, Product):
-        inside = next(f for f in axis.factors if f is atom or _contains(f, atom))
-        return size(axis) // size(inside) * _multiplicity(inside, atom)
-    if isinstance(axis, Concat):
-        found = 0
-        for part in axis.parts:
-            if part is atom or _contains(part, atom):
-                found = gcd(found, _multiplicity(part, atom))
-        return found
-    return 1
-
-
-def _contains(axis: object, atom: Atom) -> bool:
-    if axis is atom:
-        return True
-    inner = (
-        axis.factors
-        if isinstance(axis, Product)
-        else axis.parts
-        if isinstance(axis, Concat)
-        else ()
-    )
-    return any(_contains(part, atom) for part in inner)
-
-
-def _refill(
-    groups: list[Group],
-    ranks: Mapping[Atom, Tensor],
-    cost: Cost,
-    budget: float,
-    widths: Mapping[Atom, int],
-    steps: Mapping[Atom, int],
-) -> dict[Atom, int]:
-    """Give back the best channels that still fit; rounding leaves some budget over."""
-    result, spent = dict(widths), cost.at(widths)
-    open_groups = [group.atom for group in groups if result[group.atom] < group.size]
-    while open_groups:
-        atom = max(open_groups, key=lambda a: (float(ranks[a][result[a]]), -a.number))
-        wider = min(result[atom] + steps[atom], atom.size)
-        extra = cost.change(result, atom, wider)
-        if spent + extra <= budget:
-            result[atom], spent = wider, spent + extra
-        if result[atom] != wider or wider == atom.size:
-            open_groups.remove(atom)
+def _places(ranks: Tensor) -> Tensor:
+    """Of each rank, the share of ranks at or below it, in (0, 1]; equal ranks are told apart by their order."""
+    order = ranks.argsort(stable=True, descending=True)
+    result = torch.empty_like(ranks)
+    result[order] = torch.arange(len(ranks), 0, -1, dtype=ranks.dtype) / len(ranks)
     return result
 
 
-def _why(channels: Channels) -> str:
+def why(channels: Channels) -> str:
+    """The first reasons for which something is pinned."""
     reasons = dict.fromkeys(
         f"{why.operator} ({why.reason})" for pinned in channels.pins for why in pinned.pins[:1]
     )

@@ -1,9 +1,15 @@
 """What a smaller network is trained towards."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from tinier.network import Network
+
+# The size of the step that the optimizer takes along each entry of a parameter's gradient; one number or one for each entry.
+StepSize = Callable[[nn.Parameter], Tensor | float]
 
 
 class Loss(ABC):
@@ -26,3 +32,48 @@ class Loss(ABC):
         Returns:
             Scalar, 0 or more, a mean over the batch.
         """
+
+
+class Penalty(ABC):
+    """What pulls weights towards zero while a network trains: a frozen dataclass of its settings."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def on(self, network: Network, parameters: Mapping[str, nn.Parameter]) -> "Pull":
+        """The penalty of one network.
+
+        Args:
+            network: for its structure; left as it is.
+            parameters: name → parameter of the copy that is trained, which the pull reads and writes.
+
+        Raises:
+            RefusedError: the network has nothing that the penalty could pull at.
+        """
+
+
+class Pull(ABC):
+    """A penalty on the parameters of one network that is being trained."""
+
+    @abstractmethod
+    def loss(self, done: float) -> Tensor | None:
+        """What is added to the loss; None where the pull acts on the weights themselves.
+
+        Args:
+            done: part of the training that is over, in [0, 1].
+
+        Returns:
+            Scalar, 0 or more, differentiable in the parameters.
+        """
+
+    @abstractmethod
+    def after_step(self, step: StepSize) -> None:
+        """Act on the weights after the optimizer has."""
+
+    @abstractmethod
+    def after_epoch(self, done: float) -> None:
+        """Act on the weights after a pass over the data."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Act on the weights when training is over."""

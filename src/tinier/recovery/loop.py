@@ -13,9 +13,11 @@ from tinier.data.base import Examples
 from tinier.data.check import class_axis
 from tinier.errors import DataError, InputError, ModelError
 from tinier.graph import trace as tracing
+from tinier.modules.masked import plain_name
 from tinier.network import Network
-from tinier.recovery.base import Loss
+from tinier.recovery.base import Loss, Penalty
 from tinier.recovery.output_mse import OutputMSE
+from tinier.recovery.pulls import step_size
 from tinier.recovery.soft_targets import SoftTargets
 
 Inputs = dict[str, Tensor]
@@ -57,6 +59,7 @@ def recover(
     train: Examples,
     *,
     losses: Sequence[Loss] | None = None,
+    penalties: Sequence[Penalty] = (),
     seconds: float | None = None,
     epochs: float | None = None,
     batch: int = 64,
@@ -77,6 +80,8 @@ def recover(
         teacher: the original, with the same inputs and outputs.
         train: the data; labels are needed by losses of labels only.
         losses: their sum is minimized; None for soft targets where the first output has an axis of classes, else the output error.
+        penalties: what pulls weights to zero meanwhile. Their gradients are added to those of the losses after these were clipped,
+            so that their strengths mean what they say.
         seconds: most time to take, above 0.
         epochs: most passes over the data, above 0; alone, the result is the same at every run.
         batch: examples in a step.
@@ -117,13 +122,16 @@ def recover(
 
     with torch.random.fork_rng(devices=[]), tracing.evaluating(module):
         torch.manual_seed(seed)
-        if _equal(network, teacher, train, losses, batch):
+        if not penalties and _equal(network, teacher, train, losses, batch):
             return Recovered(network, (0.0,), 0.0, time.monotonic() - started)
         layout = _layout(module, train, batch)
         if batch > 1:
             for part in module.modules():
                 if isinstance(part, _BatchNorm):
                     part.train()
+        named = {plain_name(n): p for n, p in module.named_parameters(remove_duplicate=False)}
+        trained = {name: p for name, p in named.items() if p.requires_grad}
+        pulls = [penalty.on(student, trained) for penalty in penalties]
         good = _snapshot(module)
         while (done := max(steps / total, (time.monotonic() - started) / limit)) < 1:
             index, inputs, labels = next(batches)
@@ -137,22 +145,33 @@ def recover(
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, MOST_GRADIENT)
             value = loss.item()
+            for pull in pulls:
+                if (extra := pull.loss(done)) is not None:
+                    extra.backward()
+                    value += extra.item()
             if not math.isfinite(value) or not math.isfinite(norm.item()):
                 stopped = _diverged(value, steps, lr)
                 break
             if steps % SNAPSHOT_STEPS == 0:
                 good = _snapshot(module)
             optimizer.step()
+            for pull in pulls:
+                pull.after_step(step_size(optimizer))
             if steps and steps % per_epoch == 0:
                 history.append(0.0)
             history[-1] += (value - history[-1]) / (steps % per_epoch + 1)
             steps += 1
+            if steps % per_epoch == 0:
+                for pull in pulls:
+                    pull.after_epoch(max(steps / total, (time.monotonic() - started) / limit))
             if progress is not None:
                 progress(min(1.0, max(steps / total, (time.monotonic() - started) / limit)), value)
         if not stopped and not all(value.isfinite().all() for value in _snapshot(module).values()):
             stopped = _diverged(math.nan, steps, lr)
         if stopped:
             module.load_state_dict(good)
+        for pull in pulls:
+            pull.finish()
         module.zero_grad(set_to_none=True)
         _store(module, torch.contiguous_format)
     took = time.monotonic() - started

@@ -160,3 +160,9 @@ def _balance(loss: float, facts: Mapping[str, Any]) -> str:
     if abs(loss) < 1e-12:
         return "no difference"
     return f"{points(abs(loss), facts)} {'worse' if loss > 0 else 'better'}"
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A share in [0, 1] as a bar of blocks, with its percentage."""
+    full = round(share * width)
+    return f"{'█' * full}{'░' * (width - full)} {share:4.0%}"

@@ -12,15 +12,15 @@ from tinier.registry import implementations
 from tinier.sources.base import Source, present
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-KERAS = (".h5", ".hdf5", ".keras")
+KERAS = (".h5", ".hdf5")
 
 
 def load(model: Any, example: Example | None = None, *, name: str | None = None) -> Network:
-    """The network of a module, an ONNX file or a Hugging Face directory.
+    """The network of a module, a Keras model, an ONNX or Keras file or a Hugging Face directory.
 
     Args:
-        model: an ``nn.Module``; a path to an ``.onnx`` file; a directory with config.json and ``*.safetensors``;
-            a Network, which is returned as it is.
+        model: an ``nn.Module``; a Keras model; a path to an ``.onnx`` or ``.keras`` file; a directory with config.json and
+            ``*.safetensors``; a Network, which is returned as it is.
         example: a tensor, a tuple of positional inputs or a dict of inputs by name, dimension 0 the batch. Modules need
             it; files say themselves what they take, except for sizes that they leave open.
         name: what tables and files call it; None for the file's or the class's name.
@@ -48,8 +48,8 @@ def load(model: Any, example: Example | None = None, *, name: str | None = None)
     if isinstance(model, str | Path):
         raise ModelError(_refusal(Path(model)))
     raise ModelError(
-        f"model: a {type(model).__name__} cannot be compressed; give an nn.Module, an .onnx file or a "
-        "Hugging Face directory"
+        f"model: a {type(model).__name__} cannot be compressed; give an nn.Module, a Keras model, an .onnx "
+        "file, a .keras file or a Hugging Face directory"
     )
 
 
@@ -93,5 +93,8 @@ def _refusal(path: Path) -> str:
             "Hugging Face directory with its config.json"
         )
     if ending in KERAS:
-        return f"{path}: Keras files are not read yet; export it with model.export('model.onnx', format='onnx')"
-    return f"{path}: not a model that can be read; give an .onnx file or a Hugging Face directory"
+        return (
+            f"{path}: HDF5 files are not read; convert it once where you trust it: "
+            f"keras.saving.load_model({path.name!r}, compile=False).save({path.stem + '.keras'!r})"
+        )
+    return f"{path}: not a model that can be read; give an .onnx file, a .keras file or a Hugging Face directory"

@@ -34,10 +34,17 @@ class ModuleSource(Source):
                 raise ModelError(
                     f"{kind}: example input {name} is a single number; dimension 0 is the batch"
                 )
-        on = {str(value.device) for value in model.state_dict().values()} - {"cpu"}
-        if on:
-            raise ModelError(f"{kind}: its parameters are on {', '.join(on)}; give model.cpu()")
-        inputs = {name: value.detach().cpu() for name, value in inputs.items()}
+        tensors = (*model.parameters(), *model.buffers())
+        devices = {value.device for value in tensors}
+        if len(devices) > 1:
+            where = ", ".join(sorted(map(str, devices)))
+            raise ModelError(
+                f"{kind}: its parameters are on {where}; put all of them on one device"
+            )
+        device = devices.pop() if devices else torch.device("cpu")
+        inputs = {name: value.detach().to(device) for name, value in inputs.items()}
+        if device.type == "meta":
+            return Network(model, inputs, kind)  # there is nothing to run
         return free_batch(model, inputs, kind)
 
 
@@ -60,13 +67,16 @@ def free_batch(module: nn.Module, inputs: Mapping[str, Tensor], name: str) -> Ne
     if not single:
         raise ModelError(f"{name} returns no tensor")
     if any(len(value) != 1 for value in inputs.values()):
-        _ = network.traced
-        return network
+        return network if network.traced.batched else network.noted(_fixed(inputs))
     double = _doubled(network, single)
     if double is not None:
         return double
-    _ = network.traced
-    return network
+    return network if network.traced.batched else network.noted(_fixed(inputs))
+
+
+def _fixed(inputs: Mapping[str, Tensor]) -> str:
+    size = len(next(iter(inputs.values())))
+    return f"its batch size is fixed at {size}: the model computes with it as a number"
 
 
 def _doubled(network: Network, single: tuple[Tensor, ...]) -> Network | None:

@@ -1,18 +1,31 @@
 """One propagation rule for each operator; importing this package fills the table."""
 
-from tinier.graph.rules import index, linear, normalise, pointwise, shape, spatial
+from tinier.graph.rules import (
+    algebra,
+    index,
+    linear,
+    normalise,
+    pointers,
+    pointwise,
+    recurrent,
+    shape,
+    spatial,
+)
 from tinier.graph.rules.base import RULES, Flow, argument, dimension, operator_name
 
 __all__ = [
     "RULES",
     "Flow",
+    "algebra",
     "argument",
     "dimension",
     "index",
     "linear",
     "normalise",
     "operator_name",
+    "pointers",
     "pointwise",
+    "recurrent",
     "shape",
     "spatial",
 ]

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tinier.graph.axes import UNIT, Atom, Axis, Mismatch, Pin, cut, fresh, pin, unify
+from tinier.graph.axes import UNIT, Atom, Axis, Mismatch, Pin, cut, fresh, mark, pin, size, unify
 
 Axes = list[Axis]
 Result = Axes | tuple[Axes, ...] | None
 Rule = Callable[["Flow", fx.Node], Result]
 
 RULES: dict[str, Rule] = {}
+BY_DATA = "it is indexed by data"
 UNKNOWN = 8191  # stands for a size that only data decides; such axes are pinned, and no view divides a prime
 
 
@@ -62,12 +63,21 @@ class Flow:
         axes: node → one axis for each dimension, or a tuple of such lists.
         heads: attention nodes → the axes of their query and key/value heads.
         outer: grouped operators → the axis of their groups.
+        fed: the nodes that depend on the network's inputs; the others work on weights alone.
+        points: (node, which of its results) → the axis into which its integers point: they are positions along it.
     """
 
     def __init__(self) -> None:
         self.axes: dict[fx.Node, Any] = {}
         self.heads: dict[fx.Node, tuple[Axis, Axis]] = {}
         self.outer: dict[fx.Node, Axis] = {}
+        self.fed: set[fx.Node] = set()
+        self.points: dict[tuple[fx.Node, int], Axis] = {}
+
+    def normalised(self, node: fx.Node, axis: Axis) -> None:
+        """Note that a node normalises over an axis: of activations, not of weights, as weight standardisation does."""
+        if node in self.fed:
+            mark(axis, "normalised")
 
     def of(self, value: Any) -> Axes:
         """The axes of an argument; numbers and absent arguments have none."""
@@ -110,6 +120,20 @@ class Flow:
                 self.pin(node, axis, f"axes that do not line up: {error}")
         return left
 
+    def pointed(self, value: Any) -> Axis | None:
+        """The axis into which an argument's integers point, if they are known to be positions."""
+        return self.points.get((value, 0)) if isinstance(value, fx.Node) else None
+
+    def chosen(self, node: fx.Node, axis: Axis, by: Any) -> None:
+        """Positions of an axis are chosen by the integers ``by``: positions along it, or numbers that hold it as it is."""
+        into = self.pointed(by)
+        if into is not None and size(into) == size(axis):
+            self.same(node, axis, into)
+            return
+        self.pin(node, axis, BY_DATA)
+        if into is not None:
+            self.pin(node, into, "positions along it are used along an axis of another size")
+
     def parts(self, node: fx.Node, axis: Axis, sizes: tuple[int, ...]) -> tuple[Axis, ...]:
         """Take an axis apart end to end; where that is impossible, pin it and give pinned parts."""
         try:
@@ -128,6 +152,9 @@ class Flow:
             for axes in found if isinstance(found, tuple) else [found or []]:
                 for axis in axes:
                     self.pin(node, axis, reason)
+            into = self.pointed(source)
+            if into is not None:
+                self.pin(node, into, reason)
 
     def opaque(self, node: fx.Node, reason: str) -> Result:
         """New pinned axes for the result of a node."""

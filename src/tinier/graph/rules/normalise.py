@@ -1,28 +1,26 @@
 """Operators that normalise over axes or reduce them."""
 
-from typing import Any
-
 from torch import fx
 
-from tinier.graph.axes import UNIT, Axis, fresh, mark, product, size
-from tinier.graph.rules.base import Axes, Flow, Result, argument, dimension, hint, rule
+from tinier.graph.axes import UNIT, fresh, mark, product, size
+from tinier.graph.rules.base import Axes, Flow, Result, argument, dimension, rule
 
 AGGREGATE = """
-mean sum amax amin logsumexp norm linalg_vector_norm var
+mean sum amax amin logsumexp norm linalg_vector_norm var std prod all any count_nonzero
 """
-POSITIONAL = """
-max min argmax argmin prod all any std cumsum cumprod cummax cummin sort argsort topk median nanmedian kthvalue
-count_nonzero
-"""
+RUNNING = "cumsum cumprod logcumsumexp"
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "instance_norm")
 def batch_norm(flow: Flow, node: fx.Node) -> Result:
-    """Each channel (dimension 1) by itself."""
+    """Each channel (dimension 1) by itself; over the other dimensions where it takes the statistics of what it gets."""
     axes = flow.of(node.args[0])
     for source in node.args[1:5]:
         for axis in flow.of(source)[:1]:
             flow.same(node, axes[1], axis)
+    if len(node.args) > 5 and node.args[5] is True:
+        for axis in axes[2:]:
+            flow.normalised(node, axis)
     if "native" in str(node.target):
         return (list(axes), [], [])
     return list(axes)
@@ -99,40 +97,17 @@ def var_mean(flow: Flow, node: fx.Node) -> Result:
     dims = {dimension(int(dim), len(axes)) for dim in argument(node, 1, "dim") or range(len(axes))}
     keep = bool(node.kwargs.get("keepdim", False))
     for dim in dims:
-        mark(axes[dim], "normalised")
+        flow.normalised(node, axes[dim])
     result: Axes = []
     for dim, axis in enumerate(axes):
         result += [UNIT] if dim in dims and keep else [] if dim in dims else [axis]
     return (result, list(result))
 
 
-@rule(*POSITIONAL.split())
-def positional(flow: Flow, node: fx.Node) -> Result:
-    """The result depends on which positions there are: the axis stays whole."""
-    axes = flow.of(node.args[0])
-    dims = _dims(node)
-    for axis in axes if dims is None else [axes[dim] for dim in dims]:
-        flow.pin(node, axis, "the result depends on the position")
-    value = node.meta["val"]
-    ranks = [item.ndim for item in value] if isinstance(value, list | tuple) else [value.ndim]
-    results = []
-    for rank in ranks:
-        if rank == len(axes):
-            new: Axes = list(axes)
-            for dim in dims or ():
-                shape = (value[0] if isinstance(value, list | tuple) else value).shape
-                if shape[dim] != node.args[0].meta["val"].shape[dim]:  # type: ignore[union-attr]
-                    new[dim] = _counted(flow, node, shape[dim])
-        else:
-            new = [axis for dim, axis in enumerate(axes) if dims is not None and dim not in dims]
-        results.append(new[:rank])
-    return tuple(results) if isinstance(value, list | tuple) else results[0]
-
-
-def _counted(flow: Flow, node: fx.Node, length: Any) -> Axis:
-    axis = fresh(hint(length))
-    flow.pin(node, axis, "chosen by data")
-    return axis
+@rule(*RUNNING.split())
+def running(flow: Flow, node: fx.Node) -> Result:
+    """Running sums and products: what left counted nothing."""
+    return list(flow.of(node.args[0]))
 
 
 def _dims(node: fx.Node) -> list[int] | None:
@@ -144,8 +119,6 @@ def _dims(node: fx.Node) -> list[int] | None:
         return None
     value = argument(node, names.index("dim"), "dim")
     if value is None or value == []:
-        if node.target._schema.name.split("::")[1] in ("sort", "topk", "argsort"):  # type: ignore[union-attr]
-            return [rank - 1]
         return None
     return [dimension(int(dim), rank) for dim in (value if isinstance(value, list) else [value])]
 
@@ -155,9 +128,9 @@ def _reduced(flow: Flow, node: fx.Node, dims: list[int] | None) -> Axes:
     over = range(len(axes)) if dims is None else dims
     keep = node.meta["val"].ndim == len(axes)
     name = str(node.target)
-    if ".mean." in name or ".var." in name:
+    if any(f".{kind}." in name for kind in ("mean", "var", "std")):
         for dim in over:
-            mark(axes[dim], "normalised")
+            flow.normalised(node, axes[dim])
     result: Axes = []
     for dim, axis in enumerate(axes):
         if dim not in over:

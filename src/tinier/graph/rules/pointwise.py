@@ -13,9 +13,10 @@ fmax fmin fmod frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh heavisi
 lerp lift_fresh_copy log log10 log1p log2 log_sigmoid logaddexp logical_and logical_not logical_or logical_xor logit
 lt masked_fill maximum minimum mish mul nan_to_num ne neg nextafter polar pow rad2deg reciprocal relu relu6 remainder
 round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square sub tan tanh
-threshold to to_copy _to_copy true_divide trunc type_as where xlogy zero feature_dropout alpha_dropout _conj
-resolve_conj __and__ __or__ __xor__ fake_quantize_per_tensor_affine bernoulli ones_like zeros_like full_like rand_like
-randn_like empty_like subtract multiply divide negative greater less greater_equal less_equal not_equal arctan arctan2
+threshold to to_copy _to_copy true_divide trunc type_as where xlogy zero feature_dropout alpha_dropout
+_conj resolve_conj resolve_neg complex real imag __and__ __or__ __xor__ fake_quantize_per_tensor_affine bernoulli
+ones_like zeros_like full_like rand_like randn_like empty_like subtract
+multiply divide negative greater less greater_equal less_equal not_equal arctan arctan2
 special_erf special_expit special_log1p clip absolute
 """
 
@@ -23,7 +24,7 @@ CONSTANT = """
 full zeros ones empty new_full new_zeros new_ones new_empty scalar_tensor
 """
 ORDERED = """
-arange linspace eye tril_indices triu_indices randn rand randperm logspace
+linspace eye tril_indices triu_indices randn rand randperm logspace
 """
 
 

@@ -2,8 +2,21 @@
 
 from torch import fx
 
-from tinier.graph.axes import UNIT, Axis, Mismatch, concat, fresh, mark, product, regroup, size
+from tinier.graph.axes import (
+    UNIT,
+    Axis,
+    Mismatch,
+    concat,
+    fresh,
+    halves,
+    mark,
+    product,
+    regroup,
+    size,
+)
 from tinier.graph.rules.base import Flow, Result, argument, dimension, hint, rule
+
+STEPS = "a step of a slice"
 
 
 @rule("view", "reshape", "_unsafe_view", "view_copy", "_reshape_alias", "flatten", "unflatten")
@@ -24,6 +37,15 @@ def view(flow: Flow, node: fx.Node) -> Result:
         flow.free(node, dim) if axis == UNIT and not flow.fixed(node, dim) else axis
         for dim, axis in enumerate(result)
     ]
+
+
+@rule("reshape_as", "view_as")
+def view_as(flow: Flow, node: fx.Node) -> Result:
+    """A view to the shape of another tensor, whose axes it then has."""
+    result, like = view(flow, node), flow.of(node.args[1])
+    for axis, other in zip(result, like, strict=True):  # type: ignore[arg-type]
+        flow.same(node, axis, other)  # type: ignore[arg-type]
+    return result
 
 
 @rule("permute")
@@ -171,6 +193,19 @@ def take(flow: Flow, node: fx.Node) -> Result:
     if start is None:
         start = 0
     source = node.args[0]
+    if (
+        step != 1
+        and flow.fixed(source, dim)  # type: ignore[arg-type]
+        and _every(start, argument(node, 3, "end"), step, whole)
+    ):
+        try:
+            axes[dim], inner = halves(axes[dim], whole // step)
+        except Mismatch as error:
+            flow.pin(node, axes[dim], f"taken at steps where it cannot be: {error}")
+            axes[dim] = flow.pinned(node, dim, "taken at steps")
+        else:
+            flow.pin(node, inner, STEPS)
+        return axes
     if not isinstance(start, int) or step != 1 or not flow.fixed(source, dim):  # type: ignore[arg-type]
         reason = "taken at steps" if step != 1 else "taken at places that depend on free sizes"
         flow.pin(node, axes[dim], reason)
@@ -180,6 +215,62 @@ def take(flow: Flow, node: fx.Node) -> Result:
     before = (start,) if start else ()
     after = (whole - start - length,) if whole - start - length else ()
     axes[dim] = flow.parts(node, axes[dim], (*before, length, *after))[len(before)]
+    return axes
+
+
+def _every(start: object, end: object, step: int, whole: int) -> bool:
+    """Whether a slice takes one of each ``step`` positions, from the first to the last."""
+    starts = isinstance(start, int) and 0 <= start < step
+    return starts and whole % step == 0 and (end is None or (isinstance(end, int) and end >= whole))
+
+
+@rule("slice_scatter")
+def slice_scatter(flow: Flow, node: fx.Node) -> Result:
+    """A stretch of an axis gets other values: the axis becomes what is before, in and after it."""
+    axes, source = list(flow.of(node.args[0])), flow.of(node.args[1])
+    dim = dimension(int(argument(node, 2, "dim", 0)), len(axes))
+    for other, axis in enumerate(source):
+        if other != dim:
+            flow.same(node, axes[other], axis)
+    whole, length = size(axes[dim]), size(source[dim])
+    if whole == length:
+        flow.same(node, axes[dim], source[dim])
+    else:  # where it starts is a constant of the graph
+        for axis in (axes[dim], source[dim]):
+            flow.pin(node, axis, "a stretch of it gets other values")
+    return axes
+
+
+@rule("select_scatter")
+def select_scatter(flow: Flow, node: fx.Node) -> Result:
+    """One position of an axis gets other values."""
+    axes, source = list(flow.of(node.args[0])), flow.of(node.args[1])
+    dim = dimension(int(argument(node, 2, "dim")), len(axes))
+    flow.pin(node, axes[dim], "a position is chosen by its number")
+    for axis, own in zip(axes[:dim] + axes[dim + 1 :], source, strict=True):
+        flow.same(node, axis, own)
+    return axes
+
+
+@rule("unfold")
+def unfold(flow: Flow, node: fx.Node) -> Result:
+    """Windows along one dimension, their positions as a last dimension; the others pass."""
+    axes = list(flow.of(node.args[0]))
+    dim = dimension(int(argument(node, 1, "dimension")), len(axes))
+    flow.pin(node, axes[dim], "windows along it")
+    axes[dim] = flow.pinned(node, dim, "windows along it")
+    return [*axes, flow.pinned(node, len(axes), "windows along it")]
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(flow: Flow, node: fx.Node) -> Result:
+    """Channels are groups × members, and become members × groups."""
+    axes = list(flow.of(node.args[0]))
+    groups = int(argument(node, 1, "groups"))
+    outer, members = fresh(groups), fresh(size(axes[1]) // groups)
+    flow.outer[node] = outer
+    flow.same(node, axes[1], product(outer, members))
+    axes[1] = product(members, outer)
     return axes
 
 
@@ -194,9 +285,14 @@ def pad(flow: Flow, node: fx.Node) -> Result:
         before, after = amounts[2 * index : 2 * index + 2]
         if before == 0 and after == 0:
             continue
-        plain = isinstance(before, int) and isinstance(after, int) and min(before, after) >= 0
+        ints = isinstance(before, int) and isinstance(after, int)
+        plain = ints and min(before, after) >= 0
         if constant and plain and flow.fixed(node, dim):
             axes[dim] = concat(fresh(before), axes[dim], fresh(after))
+        elif constant and ints and flow.fixed(node, dim) and max(before, after) <= 0:
+            sizes = (-before, size(axes[dim]) + before + after, -after)
+            pieces = flow.parts(node, axes[dim], tuple(length for length in sizes if length))
+            axes[dim] = pieces[1 if before else 0]
         else:
             flow.pin(node, axes[dim], "padded or cropped")
             axes[dim] = flow.pinned(node, dim, "padded or cropped")

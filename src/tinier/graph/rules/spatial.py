@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from tinier.graph.axes import fresh, product
+from tinier.graph.axes import fresh, product, size
 from tinier.graph.rules.base import Axes, Flow, Result, argument, hint, rule
 
 POOLS = """
@@ -60,6 +60,31 @@ def pixel_unshuffle(flow: Flow, node: fx.Node) -> Result:
     grid = fresh(factor * factor)
     flow.pin(node, grid, "was spatial")
     return _after(flow, node, [*axes[:-3], product(axes[-3], grid)])
+
+
+@rule("im2col")
+def im2col(flow: Flow, node: fx.Node) -> Result:
+    """Patches: channels × positions of the kernel, and one column for each place."""
+    axes = flow.of(node.args[0])
+    batched, shape = len(axes) == 4, flow.shape(node)
+    channels = axes[-3]
+    inside = fresh(shape[-2] // size(channels))
+    flow.pin(node, inside, "positions of a kernel")
+    for axis in axes[-2:]:
+        flow.pin(node, axis, "spatial")
+    return _after(flow, node, [*(axes[:1] if batched else []), product(channels, inside)])
+
+
+@rule("col2im")
+def col2im(flow: Flow, node: fx.Node) -> Result:
+    """The reverse: overlapping patches are summed."""
+    axes = flow.of(node.args[0])
+    channels = fresh(flow.shape(node)[-3])
+    inside = fresh(size(axes[-2]) // size(channels))
+    flow.pin(node, inside, "positions of a kernel")
+    flow.same(node, axes[-2], product(channels, inside))
+    flow.pin(node, axes[-1], "spatial")
+    return _after(flow, node, [*axes[:-2], channels])
 
 
 def _after(flow: Flow, node: fx.Node, axes: Axes) -> Axes:

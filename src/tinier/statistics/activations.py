@@ -1,7 +1,6 @@
-"""One pass over data: what the values inside a network look like."""
+"""Histograms of activations, for quantization."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -10,20 +9,8 @@ from tinier.errors import DataError
 from tinier.graph.fold import fold
 from tinier.graph.placement import place
 from tinier.network import Network
+from tinier.statistics.base import Statistics
 from tinier.tensors.histogram import Histogram
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Histograms of the activations of a network with its batch norms folded.
-
-    Attributes:
-        activations: graph node → histogram of its values, in the order of the graph.
-        examples: how many examples they are of.
-    """
-
-    activations: Mapping[str, Histogram]
-    examples: int
 
 
 def collect(network: Network, batches: Iterable[Mapping[str, Tensor]]) -> Statistics:

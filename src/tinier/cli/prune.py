@@ -1,0 +1,143 @@
+"""Prune from the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tinier.cli.app import Json, Threads, app, guarded, print_json
+from tinier.report.terminal import Bars
+from tinier.report.words import bar
+from tinier.verbs import Smaller
+from tinier.verbs import prune as run_prune
+from tinier.verbs.disk import write_all
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")]
+
+
+@app.command()
+def prune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="An ONNX or Keras file, a Hugging Face directory, or module:function that gives an nn.Module."
+        ),
+    ],
+    out: Out,
+    keep: Annotated[float, typer.Option(help="Share of the cost that is kept, in (0, 1].")] = 0.5,
+    of: Annotated[
+        str,
+        typer.Option(help="macs, parameters, bytes, or channels (the same share of each group)."),
+    ] = "macs",
+    at_most: Annotated[
+        float | None,
+        typer.Option(help="The cost as a number of MACs, parameters or bytes instead."),
+    ] = None,
+    max_latency: Annotated[
+        str | None,
+        typer.Option(help="Greatest latency instead, such as 5ms, measured on --target."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="Runtime for --max-latency.")] = "onnxruntime",
+    threads: Threads = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Examples, a few hundred: what follows what was cut is fitted to them again; labels are not needed."
+        ),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="What leaves first; the documentation's table has the names.")
+    ] = "magnitude",
+    ranking: Annotated[
+        str, typer.Option(help="global, kind or local: what channels are ranked against.")
+    ] = "global",
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="The same width in every layer: a standard checkpoint."),
+    ] = False,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(help="Share of one group, as layer1.conv=0.7, * for any; may be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Group or module that stays, * for any; may be repeated."),
+    ] = None,
+    round_to: Annotated[int, typer.Option(help="Widths become multiples of this.")] = 8,
+    steps: Annotated[int, typer.Option(help="Cut in this many rounds.")] = 1,
+    epochs: Annotated[
+        float, typer.Option(help="Training towards the original after each round, on --data.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Cut channels, neurons and heads; the result equals its masked reference."""
+
+    def work(bars: Bars) -> Smaller:
+        with bars.task("pruning", None):
+            smaller = run_prune(
+                model,
+                keep=keep,
+                of=of,
+                at_most=at_most,
+                max_latency=max_latency,
+                target=target,
+                threads=threads,
+                data=data,
+                criterion=criterion,
+                ranking=ranking,
+                uniform=uniform,
+                rates=_rates(rate),
+                exclude=exclude or (),
+                round_to=round_to,
+                steps=steps,
+                epochs=epochs,
+                seed=seed,
+            )
+        with bars.task("writing", None):
+            write_all(smaller, out)
+        return smaller
+
+    smaller = guarded(work)
+    if as_json:
+        print_json({**smaller.as_dict(), "folder": str(out)})
+        return
+    show(smaller, Console())
+    Console().print(
+        f"\nThe result is in {out}; README.md there says how to run it.", soft_wrap=True
+    )
+
+
+def show(smaller: Smaller, console: Console) -> None:
+    """Costs before and after, notes, and a bar for each group that lost channels."""
+    facts = smaller.as_dict()
+    for what in ("macs", "parameters"):
+        before, after = facts[what]["before"], facts[what]["after"]
+        name = "MACs" if what == "macs" else what
+        console.print(f"{name} {before:,} → {after:,} ({after / max(before, 1):.1%})", style="bold")
+    for note in smaller.notes:
+        console.print(note, style="dim", soft_wrap=True)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in ("group", "before → after", "kept"):
+        table.add_column(head, overflow="fold")
+    for edit in smaller.plan.edits:
+        name, change = edit.row()
+        before, _, after = change.partition(" → ")
+        share = bar(int(after) / int(before)) if before.isdigit() and after.isdigit() else ""
+        table.add_row(name, change, share)
+    console.print(table)
+
+
+def _rates(texts: list[str] | None) -> dict[str, float]:
+    rates = {}
+    for text in texts or ():
+        name, _, share = text.rpartition("=")
+        try:
+            rates[name] = float(share)
+        except ValueError:
+            name = ""
+        if not name:
+            raise typer.BadParameter(f"--rate is {text!r}; write a group and a share: layer1=0.7")
+    return rates

@@ -1,0 +1,140 @@
+"""A Hugging Face config that says what the smaller weights are, so that the class can be built from it alone."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinier.edits.rewrite import Rewriter
+from tinier.graph.axes import Atom, Axis, Product, product, size
+from tinier.graph.groups import Channels
+from tinier.graph.trace import quiet
+
+# The field's names for what a config holds; one config has one or two of each row.
+QUERY_HEADS = (
+    "num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_attn_heads",
+    "encoder_attention_heads", "decoder_attention_heads",
+)  # fmt: skip
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+NEURONS = (
+    "intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "ffn_hidden_size",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_dim", "dim_feedforward", "feed_forward_hidden_size",
+)  # fmt: skip
+WIDTH = (
+    "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "word_embed_proj_dim", "projection_dim",
+    "encoder_hidden_size", "model_dim",
+)  # fmt: skip
+HEAD_DIM = ("head_dim", "d_kv", "attention_head_size", "kv_channels")
+# Which kinds of groups a number may count, the likeliest first.
+TABLE: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (NEURONS, ("neuron", "hidden")),
+    (WIDTH, ("normalised", "neuron", "channel")),
+    (HEAD_DIM, ("head_dim",)),
+    (EXPERTS, ("expert",)),
+)
+
+
+def stored(keys: Axis) -> Axis:
+    """Key heads as the parameters have them: without the factor by which they are repeated for their queries."""
+    factors = keys.factors if isinstance(keys, Product) else (keys,)
+    return product(*(f for f in factors if not (isinstance(f, Atom) and "repeated" in f.roles)))
+
+
+def set_config(module: nn.Module, channels: Channels, run: Rewriter) -> bool:
+    """Put the config of a module right in place, where every layer has the same new width.
+
+    Args:
+        module: its ``config`` is changed if it has one of transformers' form.
+        channels: axes of the original.
+        run: what is kept of them.
+
+    Returns:
+        Whether anything changed.
+    """
+    config: Any = getattr(module, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return False
+    before = config.to_dict()
+    for part in parts(config):
+        _set_part(part, channels, run)
+    return bool(config.to_dict() != before)
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """A config and the configs inside it, as those of text and of images."""
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from parts(value)
+
+
+def first_number(config: Any, names: Sequence[str]) -> int | None:
+    """The first of these attributes that a config has as a number."""
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if type(value) is int), None)
+
+
+def _set_part(config: Any, channels: Channels, run: Rewriter) -> None:
+    by_kind: dict[tuple[str, int], set[int]] = {}
+    for group in channels.groups:
+        by_kind.setdefault((group.kind, group.size), set()).add(run.size(group.atom))
+    width, old_heads = first_number(config, WIDTH), first_number(config, QUERY_HEADS)
+    named = first_number(config, HEAD_DIM) is not None
+    for names, kinds in TABLE:
+        for name in names:
+            old = getattr(config, name, 0)
+            if old is None and names is NEURONS and width:
+                old = 4 * width  # the convention of those who leave it open
+            new: set[int] = set()
+            for kind in kinds if type(old) is int else ():
+                new = new or by_kind.get((kind, old), set())
+            if len(new) == 1 and new != {old}:
+                setattr(config, name, new.pop())
+    new_width = first_number(config, WIDTH)
+    for which, names in ((0, QUERY_HEADS), (1, KEY_HEADS)):
+        left = _heads(channels, run, which)
+        for name in names:
+            old = getattr(config, name, None)
+            new = left.get(old, set()) if type(old) is int else set()
+            # Without a head_dim of its own a config derives it from width and heads: both must shrink alike.
+            alike = (
+                old_heads
+                and width
+                and new_width
+                and new_width * old_heads == width * min(new, default=0)
+            )
+            if len(new) == 1 and (named or alike or which):
+                setattr(config, name, new.pop())
+
+
+def _heads(channels: Channels, run: Rewriter, which: int) -> Mapping[int, set[int]]:
+    """Number of query heads (0) or key heads (1) → what is left of it, over all attention layers."""
+    result: dict[int, set[int]] = {}
+    for pair in channels.heads.values():
+        axis = stored(pair[1]) if which else pair[0]
+        result.setdefault(size(axis), set()).add(run.size(axis))
+    return result
+
+
+def standard(module: nn.Module) -> bool:
+    """Whether the module's class, built from its config alone, has its weights: ``from_pretrained`` loads such a checkpoint.
+
+    Args:
+        module: a model of transformers, or anything else, which is not standard.
+
+    Cost:
+        Builds the class on the meta device: milliseconds a layer, no memory for weights.
+    """
+    config: Any = getattr(module, "config", None)
+    if config is None or not hasattr(module, "save_pretrained"):
+        return False
+    try:
+        with quiet(), torch.device("meta"):
+            built = type(module)(copy.deepcopy(config))
+    except Exception:  # the class's own checks of sizes that do not go together
+        return False
+    wanted = {name: tensor.shape for name, tensor in built.state_dict().items()}
+    return wanted == {name: tensor.shape for name, tensor in module.state_dict().items()}

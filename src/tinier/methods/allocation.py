@@ -1,0 +1,167 @@
+"""How many channels each group keeps: one threshold on ranks, searched until the cost is met."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from tinier.graph.axes import Atom, Axis, Concat, Product, size
+from tinier.graph.groups import Group
+from tinier.graph.macs import Cost
+
+WIDTHS = 4  # a knob has at least this many widths to choose from, rounded less where it is narrow
+
+
+@dataclass(frozen=True, eq=False)
+class Knob:
+    """Groups whose widths change in step.
+
+    Attributes:
+        groups: (group, unit): of count n the group keeps n · unit channels; all have size · unit channels.
+        ranks: (size,) float64, descending: how soon the n-th best unit leaves.
+        floor: the least count.
+    """
+
+    groups: tuple[tuple[Group, int], ...]
+    ranks: Tensor
+    floor: int
+
+    @property
+    def size(self) -> int:
+        """The count with nothing cut."""
+        return len(self.ranks)
+
+    def at(self, count: int) -> dict[Atom, int]:
+        """The widths at a count."""
+        return {group.atom: count * unit for group, unit in self.groups}
+
+    def step(self, rounding: int) -> int:
+        """By what the count changes so that the parameters' dimensions stay multiples of ``rounding``."""
+        step = 1
+        for group, unit in self.groups:
+            inner = 0
+            for slot in group.slots:
+                inner = gcd(inner, multiplicity(slot.axis, group.atom))
+            wanted = rounding // gcd(rounding, inner * unit)
+            step = step * wanted // gcd(step, wanted)
+        # Narrow groups need some widths to choose from: 8 and 16 alone are too coarse for 16 channels.
+        while step > 1 and self.size < WIDTHS * step:
+            step //= 2
+        return max(step, 1)
+
+
+def allocate(
+    knobs: Sequence[Knob], cost: Cost, budget: float, rounding: int
+) -> dict[Atom, int] | None:
+    """Widths that cost at most the budget, as near to it as they get.
+
+    Every unit that ranks above one threshold stays; what rounding leaves over goes to the best units that still fit.
+
+    Args:
+        knobs: what may change.
+        cost: of the network.
+        budget: in the unit of ``cost``.
+        rounding: the multiple that widths are rounded to, given up where the budget cannot be met with it.
+
+    Returns:
+        Atom → width; None if even the floors cost more.
+
+    Cost:
+        Some twenty evaluations of the cost.
+    """
+    if not knobs:
+        return None
+    everything = torch.cat([knob.ranks for knob in knobs]).unique()
+    for multiple in (rounding, 1):
+        steps = [knob.step(multiple) for knob in knobs]
+        floors = [
+            min(-(-knob.floor // step) * step, knob.size)
+            for knob, step in zip(knobs, steps, strict=True)
+        ]
+        if cost.at(_widths(knobs, floors)) > budget:
+            continue
+        low, high = 0, len(everything)  # everything above everything[low] stays: too much
+        counts = floors
+        while low < high:
+            middle = (low + high) // 2
+            trial = _above(knobs, float(everything[middle]), steps, floors)
+            if cost.at(_widths(knobs, trial)) <= budget:
+                high, counts = middle, trial
+            else:
+                low = middle + 1
+        return _refill(knobs, counts, steps, cost, budget)
+    return None
+
+
+def above(knobs: Sequence[Knob], threshold: float, rounding: int) -> dict[Atom, int]:
+    """Widths that keep every unit that ranks above a threshold, and the floors."""
+    steps = [knob.step(rounding) for knob in knobs]
+    floors = [knob.floor for knob in knobs]
+    return _widths(knobs, _above(knobs, threshold, steps, floors))
+
+
+def _widths(knobs: Sequence[Knob], counts: Sequence[int]) -> dict[Atom, int]:
+    result: dict[Atom, int] = {}
+    for knob, count in zip(knobs, counts, strict=True):
+        result |= knob.at(count)
+    return result
+
+
+def _above(
+    knobs: Sequence[Knob], threshold: float, steps: Sequence[int], floors: Sequence[int]
+) -> list[int]:
+    result = []
+    for knob, step, floor in zip(knobs, steps, floors, strict=True):
+        count = int((knob.ranks > threshold).sum())
+        result.append(min(max(int(count / step + 0.5) * step, floor), knob.size))
+    return result
+
+
+def _refill(
+    knobs: Sequence[Knob],
+    counts: Sequence[int],
+    steps: Sequence[int],
+    cost: Cost,
+    budget: float,
+) -> dict[Atom, int]:
+    result = list(counts)
+    widths = _widths(knobs, result)
+    spent = cost.at(widths)
+    narrow = [index for index, knob in enumerate(knobs) if result[index] < knob.size]
+    while narrow:
+        index = max(narrow, key=lambda i: (float(knobs[i].ranks[result[i]]), -i))
+        knob, wider = knobs[index], min(result[index] + steps[index], knobs[index].size)
+        extra, trial = 0.0, dict(widths)
+        for atom, width in knob.at(wider).items():
+            extra += cost.change(trial, atom, width)
+            trial[atom] = width
+        fits = spent + extra <= budget
+        if fits:
+            result[index], widths, spent = wider, trial, spent + extra
+        if not fits or wider == knob.size:
+            narrow.remove(index)
+    return widths
+
+
+def multiplicity(axis: Axis, atom: Atom) -> int:
+    """How many positions of a resolved axis each position of an atom stands for."""
+    if isinstance(axis, Product):
+        inside = next(f for f in axis.factors if contains(f, atom))
+        return size(axis) // size(inside) * multiplicity(inside, atom)
+    if isinstance(axis, Concat):
+        found = 0
+        for part in axis.parts:
+            if contains(part, atom):
+                found = gcd(found, multiplicity(part, atom))
+        return found
+    return 1
+
+
+def contains(axis: Axis, atom: Atom) -> bool:
+    """Whether an atom occurs in a resolved axis."""
+    if isinstance(axis, Atom):
+        return axis is atom
+    inner = axis.factors if isinstance(axis, Product) else axis.parts
+    return any(contains(part, atom) for part in inner)

@@ -1,0 +1,88 @@
+"""Examples in chunks of one size, however the user batched them, so that no result depends on it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from tinier.errors import DataError
+from tinier.network import Network
+
+Batch = Mapping[str, Tensor] | tuple[Mapping[str, Tensor], Tensor | None]
+
+
+def chunks(
+    network: Network, batches: Iterable[Batch], size: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+    """The examples in chunks of one size, however they came; the last of each shape may be smaller.
+
+    Args:
+        network: whose inputs they are; where its batch size is fixed, batches stay as they are.
+        batches: inputs, or pairs of inputs and labels.
+        size: examples in a chunk.
+
+    Raises:
+        DataError: an input is missing, lengths differ, or the batch size is fixed at another.
+    """
+    if not network.traced.batched:
+        for batch in batches:
+            yield _checked(network, batch)
+        return
+    waiting: dict[str, Tensor] = {}
+    waiting_labels: Tensor | None = None
+    for batch in batches:
+        inputs, labels = _checked(network, batch)
+        alike = waiting and _alike(waiting, inputs, waiting_labels, labels)
+        if waiting and not alike:
+            yield waiting, waiting_labels
+        if alike:
+            inputs = {name: torch.cat([waiting[name], inputs[name]]) for name in inputs}
+            if labels is not None and waiting_labels is not None:
+                labels = torch.cat([waiting_labels, labels])
+        length = len(next(iter(inputs.values())))
+        for start in range(0, length - length % size, size):
+            end = start + size
+            yield (
+                {name: value[start:end] for name, value in inputs.items()},
+                None if labels is None else labels[start:end],
+            )
+        rest = length - length % size
+        waiting = {name: value[rest:] for name, value in inputs.items()} if rest < length else {}
+        waiting_labels = None if labels is None else labels[rest:]
+    if waiting:
+        yield waiting, waiting_labels
+
+
+def _alike(
+    one: Mapping[str, Tensor],
+    two: Mapping[str, Tensor],
+    first: Tensor | None,
+    second: Tensor | None,
+) -> bool:
+    if (first is None) != (second is None):
+        raise DataError("some batches have labels and some have none; give all of them or none")
+    if first is not None and second is not None and first.shape[1:] != second.shape[1:]:
+        return False
+    return all(one[name].shape[1:] == two[name].shape[1:] for name in one)
+
+
+def _checked(network: Network, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
+    inputs, labels = batch if isinstance(batch, tuple) else (batch, None)
+    missing = [name for name in network.traced.inputs if name not in inputs]
+    if missing:
+        raise DataError(
+            f"data: no input {', '.join(missing)}; there are {', '.join(inputs) or 'none'}"
+        )
+    chosen = {name: inputs[name] for name in network.traced.inputs}
+    lengths = {name: len(value) for name, value in chosen.items()}
+    if labels is not None:
+        lengths["labels"] = len(labels)
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name} {count}" for name, count in lengths.items())
+        raise DataError(f"data: different numbers of examples: {counts}")
+    expected = len(next(iter(network.example.values())))
+    if not network.traced.batched and set(lengths.values()) != {expected}:
+        raise DataError(
+            f"{network.name}: its batch size is fixed at {expected}, the data come in batches of {lengths[next(iter(chosen))]}"
+        )
+    return chosen, labels

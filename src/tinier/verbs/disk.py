@@ -1,0 +1,113 @@
+"""A smaller network on disk: weights as safetensors, the plan as JSON; no class is pickled."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tinier.edits.base import Plan
+from tinier.edits.config import standard
+from tinier.edits.quantize import Quantize
+from tinier.errors import InputError
+from tinier.network import Example
+from tinier.output import check_output, whole
+from tinier.report.folder import COMPANIONS, PLAN, WEIGHTS, save_weights
+from tinier.targets.onnxruntime import OnnxRuntime
+from tinier.verbs.smaller import Smaller, network_of
+
+OURS = {PLAN, WEIGHTS, *COMPANIONS, "model.onnx", "model.pt2", "model.keras", "README.md"}
+
+
+def save(smaller: Smaller, folder: str | Path) -> None:
+    """Write float weights (safetensors) and plan (JSON), from which ``load`` rebuilds the network. No class is pickled.
+
+    A model of transformers that its config alone describes comes with its config and tokenizer: ``from_pretrained`` loads the folder
+    without tinier.
+
+    Raises:
+        OutputError: the folder exists and was not made by tinier, or cannot be written.
+    """
+    path = check_output(folder, lambda found: {p.name for p in found.iterdir()} <= OURS)
+    with whole(path) as made:
+        write_parts(smaller, made)
+
+
+def write_parts(smaller: Smaller, folder: Path) -> None:
+    """The files of ``save`` into an existing folder."""
+    network = smaller.trainable or smaller.network
+    save_weights(network, folder / WEIGHTS)
+    (folder / PLAN).write_text(smaller.plan.to_json())
+    if standard(network.module):
+        config: Any = copy.deepcopy(network.module.config)
+        config.architectures = [type(network.module).__name__]
+        config.save_pretrained(folder)
+        source = network.folder or smaller.original.folder
+        for name in COMPANIONS if source else ():
+            if name != "config.json" and (source / name).is_file():  # type: ignore[operator]
+                shutil.copyfile(source / name, folder / name)  # type: ignore[operator]
+
+
+def write_all(smaller: Smaller, folder: str | Path) -> None:
+    """Write what a user of the command line takes away: what ``save`` writes, the model as ONNX and how to run it.
+
+    Raises:
+        OutputError: the folder exists and was not made by tinier, or cannot be written.
+    """
+    path = check_output(folder, lambda found: {p.name for p in found.iterdir()} <= OURS)
+    with whole(path) as made:
+        write_parts(smaller, made)
+        network = smaller.network
+        target = OnnxRuntime()
+        refusal = target.refuses(network)
+        if refusal is None:
+            artifact = target.lower(network, made)
+            usage = f"```python\n{target.usage(artifact, network)}\n```"
+        else:
+            usage = f"There is no ONNX file: {refusal}."
+        (made / "README.md").write_text(_readme(smaller, usage), encoding="utf-8")
+
+
+def _readme(smaller: Smaller, usage: str) -> str:
+    return f"""# {smaller.original.name}, pruned by tinier
+
+```text
+{smaller}
+```
+
+{usage}
+
+`plan.json` and `model.safetensors` are what `tinier.load(folder, into=model)` rebuilds the network from, to train on.
+"""
+
+
+def load(folder: str | Path, into: Any, example: Example | None = None) -> Smaller:
+    """Rebuild the smaller float network from a folder that ``save`` or ``compress`` wrote.
+
+    Args:
+        folder: has ``plan.json`` and ``model.safetensors``.
+        into: the original model: an ``nn.Module`` of the same class and sizes, or the path that it came from.
+        example: example inputs.
+
+    Raises:
+        InputError: the folder has no plan, or it does not fit the model.
+    """
+    folder = Path(folder)
+    for name in (PLAN, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}; name a folder that save or compress wrote")
+    network = network_of(into, example)
+    try:
+        plan = Plan.from_json((folder / PLAN).read_text())
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder / PLAN} cannot be read: {error}") from error
+    # Ranges belong to the artifact: the weights on disk are float and trainable.
+    plan = Plan(tuple(edit for edit in plan.edits if not isinstance(edit, Quantize)))
+    smaller = plan.apply(network)
+    try:
+        smaller.module.load_state_dict(load_file(folder / WEIGHTS))
+    except (RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS} does not fit the model: {error}") from error
+    return Smaller(smaller, network, plan)

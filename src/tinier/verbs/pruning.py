@@ -1,0 +1,216 @@
+"""Prune: channels, neurons, heads, experts and hidden units leave; the layers behind them are fitted again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import psutil
+
+from tinier.criteria.base import Criterion
+from tinier.criteria.choose import as_criterion
+from tinier.data.base import Examples
+from tinier.edits.base import Plan
+from tinier.edits.config import standard
+from tinier.edits.follow import follow
+from tinier.errors import InputError
+from tinier.graph.groups import channel_groups
+from tinier.methods.channel_pruning import ChannelPruning
+from tinier.network import Example, Network
+from tinier.recovery.compensation import compensate as fit_again
+from tinier.recovery.loop import recover as train_student
+from tinier.search.for_latency import plan_for_latency
+from tinier.statistics import Statistics, observe
+from tinier.targets.base import targets_for
+from tinier.units import parse_milliseconds
+from tinier.verbs.smaller import Smaller, examples_of, network_of
+
+CALIBRATION = 512  # examples that criteria and compensation see
+BATCH = 64
+
+
+def prune(
+    model: Any,
+    example: Example | None = None,
+    *,
+    keep: float = 0.5,
+    of: str = "macs",
+    at_most: float | None = None,
+    max_latency: float | str | None = None,
+    target: str = "onnxruntime",
+    threads: int | None = None,
+    threshold: float | None = None,
+    rates: Mapping[str, float] | None = None,
+    exclude: Sequence[str] = (),
+    criterion: Criterion | str | Callable[..., Any] | None = None,
+    ranking: str = "global",
+    uniform: bool = False,
+    round_to: int = 8,
+    data: Any = None,
+    compensate: bool | None = None,
+    steps: int = 1,
+    epochs: float = 0.0,
+    seed: int = 0,
+) -> Smaller:
+    """Cut channels, neurons and heads until what is left costs what was asked for; it equals its masked reference.
+
+    Args:
+        model: an ``nn.Module``, a Keras model, the path of a file or directory, or what another step gave; never changed.
+        example: example inputs: a tensor, a tuple or a dict.
+        keep: share of the cost that is kept, in (0, 1].
+        of: "macs", "parameters", "bytes", or "channels" for the same share of each group.
+        at_most: the cost as a number instead.
+        max_latency: milliseconds, or a text such as "5ms", on ``target`` at batch 1 instead: the share is searched by measuring.
+        target: the runtime for ``max_latency``.
+        threads: of that runtime; all physical cores if None.
+        threshold: cut whatever ranks at or below it instead.
+        rates: group name or pattern → share of its channels that is kept.
+        exclude: patterns of groups or modules that stay.
+        criterion: scores the channels: a ``Criterion``, its name, or a function (network, group) → scores; L2 magnitude if None.
+        ranking: "global", "kind" or "local".
+        uniform: the same width in every layer, so that the result is a standard checkpoint.
+        round_to: multiple that widths are rounded to.
+        data: examples for criteria that need them and for compensation; labels are used by gradient criteria alone.
+        compensate: fit the layers behind what was cut again; None for yes when there is data.
+        steps: cut in this many rounds of equal ratio, each of which scores, cuts and recovers.
+        epochs: of training towards the original on ``data`` after each round.
+        seed: of the order of the examples.
+
+    Returns:
+        The smaller network; ``plan``, ``kept`` and printing it say what left.
+
+    Raises:
+        InputError: an argument is out of its range, or data is missing.
+        RefusedError: pinned layers make the target impossible; the message says the least possible one.
+
+    Cost:
+        A trace, a plan, a proof, and with data a pass for the criterion and two for the compensation.
+    """
+    if compensate and data is None:
+        raise InputError("compensate: data is needed: a few hundred examples of real inputs")
+    if epochs and data is None:
+        raise InputError("epochs: data is needed to train on")
+    if steps < 1 or epochs < 0:
+        raise InputError(f"steps={steps} must be at least 1 and epochs={epochs} at least 0")
+    if steps > 1 and (threshold is not None or max_latency is not None or rates):
+        raise InputError(
+            "steps: rounds need a share, so threshold, rates and max_latency go in one"
+        )
+    network = network_of(model, example, data)
+    method = ChannelPruning(
+        keep=keep,
+        of=of,
+        at_most=at_most,
+        threshold=threshold,
+        rates=tuple((rates or {}).items()),
+        exclude=tuple(exclude),
+        criterion=as_criterion(criterion),
+        ranking=ranking,
+        uniform=uniform,
+        round_to=round_to,
+    )
+    examples = None if data is None else _calibration(data, network, seed)
+    if method.criterion.needs and examples is None:
+        raise InputError(
+            f"criterion {method.criterion.name}: it needs {', '.join(sorted(method.criterion.needs))} of data; give data=…"
+        )
+    if max_latency is not None:
+        return _within(network, method, examples, max_latency, target, threads, compensate)
+    current, plan, notes = network, Plan(), []
+    for step in range(1, steps + 1):
+        share = method if steps == 1 else _round(method, network, step, steps)
+        found = share.plan(current, _statistics(current, method, examples))
+        following = found.apply(current)
+        if examples is not None and compensate is not False:
+            following = fit_again(following, current, found, _batches(examples, network))
+        if epochs and examples is not None:
+            whole = examples_of(data, network)
+            following = train_student(following, network, whole, epochs=epochs, seed=seed).network
+        plan = found if step == 1 else follow(plan, found, channel_groups(network.traced))
+        current = following
+    if steps > 1:
+        notes.append(f"cut in {steps} rounds")
+    return _done(current, network, plan, notes, examples, compensate, epochs)
+
+
+def _round(method: ChannelPruning, network: Network, step: int, steps: int) -> ChannelPruning:
+    """The share of what is left that one of several rounds keeps: all rounds together keep what was asked for."""
+    if method.at_most is not None or method.of == "channels":
+        raise InputError("steps: rounds need a share of macs, parameters or bytes")
+    return replace(method, keep=method.keep ** (1 / steps))
+
+
+def _within(
+    network: Network,
+    method: ChannelPruning,
+    examples: Examples | None,
+    max_latency: float | str,
+    target: str,
+    threads: int | None,
+    compensate: bool | None,
+) -> Smaller:
+    found = plan_for_latency(
+        network,
+        method,
+        _statistics(network, method, examples),
+        parse_milliseconds(max_latency),
+        targets_for(target)[0],
+        threads=threads or psutil.cpu_count(logical=False) or 1,
+    )
+    pruned = found.plan.apply(network)
+    if examples is not None and compensate is not False:
+        pruned = fit_again(pruned, network, found.plan, _batches(examples, network))
+    note = f"{target}: {found.latency:.3g} ms at batch 1, the original {found.original:.3g} ms in the same rounds"
+    return _done(pruned, network, found.plan, [note], examples, compensate, 0.0)
+
+
+def _done(
+    pruned: Network,
+    original: Network,
+    plan: Plan,
+    notes: list[str],
+    examples: Examples | None,
+    compensate: bool | None,
+    epochs: float,
+) -> Smaller:
+    notes = [*pruned.notes, *notes]
+    if examples is not None and compensate is not False:
+        notes.append(f"compensated on {len(examples)} examples")
+    if epochs:
+        notes.append(f"trained towards the original for {epochs:g} epochs a round")
+    if standard(pruned.module):
+        notes.append("standard checkpoint: from_pretrained loads it without tinier")
+    return Smaller(pruned, original, plan, notes=tuple(dict.fromkeys(notes)))
+
+
+def _calibration(data: Any, network: Network, seed: int) -> Examples:
+    examples = examples_of(data, network)
+    if len(examples) <= CALIBRATION:
+        return examples
+    # Spread over the data, which may be sorted by class.
+    return examples.subset([i * len(examples) // CALIBRATION for i in range(CALIBRATION)])
+
+
+def _statistics(
+    network: Network, method: ChannelPruning, examples: Examples | None
+) -> Statistics | None:
+    if not method.criterion.needs or examples is None:
+        return None
+    size = _batch(network)
+    return observe(network, _whole(examples, network).batches(size), needs=method.criterion.needs)
+
+
+def _batches(examples: Examples, network: Network) -> list[dict[str, Any]]:
+    size = _batch(network)
+    return [inputs for inputs, _ in _whole(examples, network).batches(size)]
+
+
+def _batch(network: Network) -> int:
+    return BATCH if network.traced.batched else len(next(iter(network.example.values())))
+
+
+def _whole(examples: Examples, network: Network) -> Examples:
+    """The examples that fill batches, where the network takes no others."""
+    size = _batch(network)
+    if network.traced.batched or len(examples) % size == 0:
+        return examples
+    return examples.subset(range(len(examples) - len(examples) % size))

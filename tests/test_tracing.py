@@ -1,0 +1,408 @@
+"""Tracing: one graph for every way of writing a network, a fixed line of the model for what has none."""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinier.errors import ModelError
+from tinier.graph import trace as tracing
+from tinier.graph.capture import DependsOnData, capture
+from tinier.graph.groups import channel_groups
+from tinier.graph.trace import Traced, call, trace
+from tinier.methods.channel_pruning import ChannelPruning
+from tinier.network import Network, name_inputs
+from tinier.sources.module import ModuleSource
+
+WIDTH = 12
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(F.relu(self.a(x)))
+
+
+class KeywordArguments(Base):
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return super().forward(kwargs["x"])
+
+
+class Dictionary(Base):
+    def forward(self, x: Tensor) -> Any:
+        y = F.relu(self.a(x))
+        return {"logits": self.b(y), "hidden": [y.sum(1), y.mean(1)], "none": None}
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: Tensor
+    hidden: Tensor
+
+
+torch.utils._pytree.register_dataclass(Answer)
+
+
+class Dataclass(Base):
+    def forward(self, x: Tensor) -> Any:
+        y = F.relu(self.a(x))
+        return Answer(self.b(y), y.sum(1))
+
+
+class Contexts(Base):
+    """Contexts that change how gradients and types are handled inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.a(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.b(F.relu(y))
+
+
+class InPlace(Base):
+    """Writes to its input, and to what it computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        y = self.a(x)
+        y.relu_()
+        return self.b(y)
+
+
+class Counter(Base):
+    """A buffer that every call changes."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x) + self.calls
+
+
+class Twice(nn.Module):
+    """One module in two roles: its outputs feed two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 6)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.shared(x))
+        return self.b(self.shared(F.relu(self.a(y))))
+
+
+class Normed(nn.Module):
+    """Parametrizations: the weight is computed from others on each call."""
+
+    def __init__(self, norm: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.a, self.b = norm(nn.Linear(6, WIDTH)), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+class NotInExport(Base):
+    """A number of a buffer: torch.export does not know its value, a run does."""
+
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        for _ in range(int(self.steps)):
+            y = F.relu(y) + 0.5
+        return self.b(y).view(len(x), 2, 2)
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(WIDTH), nn.ReLU(), nn.LazyLinear(4))
+
+
+def hooked() -> nn.Module:
+    module = Base()
+    module.a.register_forward_hook(lambda _, __, output: output * 0.5)
+    module.b.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,))
+    return module
+
+
+def batch_norm() -> nn.Module:
+    """In training mode when it is handed over, with dropout and statistics that are not the start's."""
+    module = nn.Sequential(
+        nn.Linear(6, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.5), nn.ReLU(), nn.Linear(WIDTH, 4)
+    )
+    module.train()
+    for _ in range(3):
+        module(torch.randn(8, 6))
+    return module
+
+
+WAYS: dict[str, Callable[[], nn.Module]] = {
+    "keyword_arguments": KeywordArguments,
+    "dictionary": Dictionary,
+    "dataclass": Dataclass,
+    "contexts": Contexts,
+    "in_place": InPlace,
+    "counter": Counter,
+    "twice": Twice,
+    "weight_norm": lambda: Normed(torch.nn.utils.parametrizations.weight_norm),
+    "spectral_norm": lambda: Normed(torch.nn.utils.parametrizations.spectral_norm),
+    "not_in_export": NotInExport,
+    "lazy": lazy,
+    "hooked": hooked,
+    "batch_norm": batch_norm,
+}
+
+
+def network(module: nn.Module, batch: int = 3) -> Network:
+    torch.manual_seed(1)
+    x = torch.randn(batch, 6)
+    names = ("x",) if isinstance(module, KeywordArguments) else tuple(name_inputs(module, x))
+    return Network(module, dict.fromkeys(names, x), type(module).__name__)
+
+
+def state(module: nn.Module) -> dict[str, Any]:
+    """All that a user could see of a module."""
+    return {
+        "values": {name: tensor.clone() for name, tensor in module.state_dict().items()},
+        "modes": {name: part.training for name, part in module.named_modules()},
+        "trainable": {name: p.requires_grad for name, p in module.named_parameters()},
+        "gradients": {name: p.grad for name, p in module.named_parameters()},
+        "objects": {name: id(p) for name, p in module.named_parameters()},
+        "hooks": {
+            name: (len(part._forward_hooks), len(part._forward_pre_hooks))
+            for name, part in module.named_modules()
+        },
+    }
+
+
+def assert_unchanged(before: dict[str, Any], module: nn.Module) -> None:
+    after = state(module)
+    for key in ("modes", "trainable", "objects", "hooks"):
+        assert before[key] == after[key], key
+    assert before["gradients"].keys() == after["gradients"].keys()
+    assert all(before["gradients"][k] is v for k, v in after["gradients"].items())
+    assert before["values"].keys() == after["values"].keys()
+    for key, value in after["values"].items():
+        assert torch.equal(before["values"][key], value), key
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_graph_computes_what_the_module_does(way: str) -> None:
+    torch.manual_seed(0)
+    module = WAYS[way]()
+    if way == "lazy":
+        module(torch.zeros(1, 6))
+    original = network(module)
+    before = state(module)
+    example = {name: tensor.clone() for name, tensor in original.example.items()}
+    traced = original.traced
+    assert_unchanged(before, module)
+    for size in (2, 5):
+        inputs = original.batch(size)
+        wanted = original(inputs)
+        with torch.no_grad():
+            found = copy.deepcopy(traced.module)(**{n: t.clone() for n, t in inputs.items()})
+        assert len(found) == len(wanted) == len(traced.outputs)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+    assert traced.batched
+    assert_unchanged(before, module)
+    for name, tensor in example.items():  # what a network writes to its inputs is its own
+        assert torch.equal(tensor, original.example[name])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pruned_or_refused_with_a_reason_and_the_module_unchanged(way: str) -> None:
+    torch.manual_seed(0)
+    module = WAYS[way]()
+    if way == "lazy":
+        module(torch.zeros(1, 6))
+    original = network(module)
+    before = state(module)
+    pruned = ChannelPruning(keep=0.7, round_to=1).plan(original).apply(original)
+    assert_unchanged(before, module)
+    count = sum(p.numel() for p in pruned.module.parameters())
+    assert count < sum(p.numel() for p in module.parameters())
+    assert [t.shape for t in pruned(original.batch(5))] == [
+        t.shape for t in original(original.batch(5))
+    ]
+    assert {n: p.requires_grad for n, p in pruned.module.named_parameters()} == before["trainable"]
+    names = set(pruned.module.state_dict())
+    assert names <= set(before["values"]) or way == "not_in_export"
+
+
+def test_output_names_come_without_a_run() -> None:
+    assert trace(Dictionary(), {"x": torch.randn(2, 6)}).outputs == ("logits", "hidden_0", "hidden_1")  # fmt: skip
+    assert trace(Dataclass(), {"x": torch.randn(2, 6)}).outputs == ("output_0", "output_1")
+    assert trace(Base(), {"x": torch.randn(2, 6)}).outputs == ("output",)
+    for way in ("dictionary", "dataclass", "not_in_export"):
+        original = network(WAYS[way]())
+        names = tracing.output_names(original.module, original.example)
+        assert original.traced.outputs == names
+
+
+class Branch(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if y.sum() > 0:  # the line that stops it
+            y = y * 2
+        return self.b(y)
+
+
+class Number(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        scale = float(y.max())  # the line that stops it
+        return self.b(y / scale if scale > 1 else y)
+
+
+class Shape(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        chosen = y[y[:, 0] > 0]  # the line that stops it
+        return self.b(chosen).view(len(chosen), -1) if len(chosen) > 2 else self.b(y)
+
+
+class LeavesTorch(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.from_numpy(np.tanh(y.detach().numpy())))  # the line that stops it
+
+
+@pytest.mark.parametrize("kind", [Branch, Number, Shape, LeavesTorch])
+def test_a_refusal_names_the_line_of_the_model(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    module = kind().train()
+    module.a.weight.grad = torch.ones(WIDTH, 6)  # type: ignore[union-attr]
+    before = state(module)
+    with pytest.raises(ModelError) as caught:
+        trace(module, {"x": torch.randn(3, 6)})
+    message = str(caught.value)
+    assert "test_tracing.py:" in message
+    assert "the line that stops it" in message or (kind is Shape and "chosen" in message)
+    assert_unchanged(before, module)
+
+
+def test_script_modules_are_refused_with_a_way_out() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(Base())
+    with pytest.raises(ModelError, match="TorchScript"):
+        trace(scripted, {"x": torch.randn(2, 6)})
+
+
+def test_modules_that_were_never_run_are_refused_with_a_way_out() -> None:
+    with pytest.raises(ModelError, match="run it once"):
+        trace(lazy(), {"input": torch.randn(2, 6)})
+
+
+def test_a_recorded_run_is_the_same_graph_as_the_exported_one() -> None:
+    """Where both exist, they are the same operators on the same tensors: the one judges the other."""
+    for way in ("dictionary", "in_place", "weight_norm", "batch_norm"):
+        original = network(WAYS[way]().eval())
+        (name,) = original.example
+        captured, _ = capture(original.module.eval(), original.example, [{name: 0}])
+        recorded = trace(captured, original.example)
+        assert operators(recorded) == operators(original.traced), way
+        assert recorded.batched
+        a, b = (sorted(g.size for g in channel_groups(t).groups) for t in (recorded, original.traced))  # fmt: skip
+        assert a == b
+
+
+def operators(traced: Traced) -> list[str]:
+    nothing = ("aten.alias.default", "aten.detach.default", "aten.detach_.default")
+    found = [str(node.target) for node in traced.module.graph.nodes if node.op == "call_function"]
+    return [name for name in found if not name.startswith(nothing) and "sym_size" not in name]
+
+
+class Positions(nn.Module):
+    """Sizes in Python: views and slices that follow the batch and the length; a buffer's number is read, so export fails."""
+
+    heads: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(16, 8)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.register_buffer("heads", torch.tensor(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, length = ids.shape
+        y = self.words(ids) + self.places.weight[:length]
+        heads = int(self.heads)
+        y = self.a(y).view(batch, length, heads, 16 // heads).transpose(1, 2)
+        y = y.reshape(batch * heads, length, 16 // heads).softmax(1)
+        y = y.view(batch, heads, length, 16 // heads).transpose(1, 2).reshape(batch, length, 16)
+        return self.b(y)
+
+
+def test_batch_and_length_stay_free_in_a_recorded_run() -> None:
+    torch.manual_seed(0)
+    module = Positions().eval()
+    example = {"ids": torch.randint(0, 20, (2, 6))}
+    traced = trace(module, example)
+    assert traced.batched
+    for shape in ((2, 6), (5, 9), (3, 4)):
+        ids = torch.randint(0, 20, shape)
+        with torch.no_grad():
+            torch.testing.assert_close(traced.module(ids=ids)[0], module(ids))
+
+
+def test_sizes_that_are_equal_by_chance_stay_apart() -> None:
+    """A batch of 6 with 6 features and a width of 6: only the batch is free."""
+    module = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)).eval()
+    traced = trace(module, {"input": torch.randn(6, 6)})
+    assert traced.batched
+    (value,) = [n.meta["val"] for n in traced.module.graph.find_nodes(op="placeholder")]
+    assert not isinstance(value.shape[0], int) and value.shape[1] == 6
+    assert traced.module(input=torch.randn(2, 6))[0].shape == (2, 6)
+    assert [g.size for g in channel_groups(traced).groups] == [6]
+
+
+def test_a_batch_of_one_is_fixed_and_said_so() -> None:
+    assert not trace(Base(), {"x": torch.randn(1, 6)}).batched
+    assert ModuleSource().load(Base(), torch.randn(1, 6)).traced.batched
+
+
+def test_the_trace_has_gradients_of_its_own() -> None:
+    module = Base()
+    traced = trace(module, {"x": torch.randn(2, 6)})
+    traced.module(x=torch.randn(2, 6))[0].sum().backward()
+    assert all(p.grad is None for p in module.parameters())
+    for p in traced.module.parameters():
+        p.requires_grad_(False)
+    assert all(p.requires_grad for p in module.parameters())
+    tensors = zip(module.parameters(), traced.module.parameters(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in tensors)  # no second copy in memory
+
+
+def test_a_network_that_changes_its_buffers_answers_the_same_every_time() -> None:
+    original = network(Counter())
+    first, second = original(original.example), original(original.example)
+    assert torch.equal(first[0], second[0])
+    assert call(original.module, original.example)[0].allclose(first[0])
+    assert float(original.module.calls) == 1  # the module itself counts on  # type: ignore[arg-type]
+
+
+def test_data_dependence_is_an_error_of_its_own() -> None:
+    with pytest.raises(DependsOnData):
+        capture(Number().eval(), {"x": torch.randn(3, 6)}, [])
