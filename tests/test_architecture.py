@@ -79,6 +79,7 @@ PUBLIC: set[str] = {
     "compress",
     "export",
     "inspect",
+    "linearize",
     "load",
     "measure",
     "prune",

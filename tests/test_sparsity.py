@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -49,6 +50,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def cnn() -> Network:
     return Network(trained(TinyCNN), {"x": images(2, 0)[0]}, "cnn")
+
+
+@cache
+def built(name: str) -> Network:
+    """A network of the table, traced once for all tests that only look at it."""
+    return build(name)
 
 
 def data(count: int = 256, seed: int = 1) -> Examples:
@@ -169,7 +176,7 @@ class TestGradients:
     @pytest.mark.parametrize("name", NETWORKS)
     def test_channel_norms_are_those_of_what_is_cut(self, name: str) -> None:
         """Σ over channels of their entries counts every entry that lies in one once for each group that has it."""
-        network = build(name)
+        network = built(name)
         try:
             found = members(network, parameters(network), "all")
         except RefusedError:
@@ -187,7 +194,7 @@ class TestGradients:
                 if parameter in named:
                     cut = named[parameter].detach().index_select(dim, torch.tensor(kept))
                     lost += float(named[parameter].detach().square().sum() - cut.square().sum())
-            assert float(one.squares()[0]) == pytest.approx(lost, rel=1e-3, abs=1e-5)
+            assert float(one.squares()[0].detach()) == pytest.approx(lost, rel=1e-3, abs=1e-5)
 
     def test_growing_by_hand(self) -> None:
         network = build("mlp")
@@ -209,22 +216,22 @@ class TestGradients:
 
 class TestTraining:
     @pytest.mark.parametrize(
-        "penalty", [L1(2.0, proximal=True), ElasticNet(2.0, 0.5, proximal=True)]
+        "penalty", [L1(0.2, proximal=True), ElasticNet(0.2, 0.5, proximal=True)]
     )
     def test_orthogonal_design_is_soft_thresholding(self, penalty: L1 | ElasticNet) -> None:
         x, _ = torch.linalg.qr(random(12, 6))
-        truth = torch.tensor([5.0, -3.0, 2.5, 1.0, -0.5, 0.0]).double()
-        y = x @ truth + 0.05 * random(12, seed=2)
+        truth = torch.tensor([0.5, -0.3, 0.25, 0.1, -0.05, 0.0]).double()
+        y = x @ truth + 0.005 * random(12, seed=2)
         network = Network(nn.Linear(6, 1, bias=False), {"input": x[:2].float()})
         examples = Examples(Arrays({"input": x.float()}, y.float()))
         result = recover(
             network, network, examples, losses=[HalfSquares()], penalties=[penalty],
-            epochs=1500, batch=12, lr=0.02,
+            epochs=600, batch=12, lr=0.01,
         )  # fmt: skip
         l1, l2 = (penalty.weight, 0.0) if isinstance(penalty, L1) else (penalty.l1, penalty.l2)
         wanted = soft_threshold(x.T @ y, l1, l2).float()
         found = result.network.module.get_parameter("weight").detach()[0]
-        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.001)
         assert torch.equal(found == 0, wanted == 0)
 
     def test_no_penalty_is_no_change(self, cnn: Network) -> None:
@@ -255,8 +262,8 @@ class TestTraining:
 
     def test_slimming_makes_scales_zero(self, cnn: Network) -> None:
         result = recover(
-            cnn, cnn, data(), losses=[CrossEntropy()], penalties=[Slimming(0.05, proximal=True)],
-            epochs=8, batch=32,
+            cnn, cnn, data(), losses=[CrossEntropy()], penalties=[Slimming(0.1, proximal=True)],
+            epochs=10, batch=32,
         )  # fmt: skip
         scale = result.network.module.get_parameter("bn.weight").detach()
         assert 0 < int((scale == 0).sum()) < len(scale)
@@ -282,8 +289,12 @@ class TestTraining:
             assert norms[going].max() < 0.05 * norms[list(edit.kept)].mean()
         cut = plan.apply(grown)
         assert abs(accuracy(cut) - accuracy(grown)) <= 0.01
-        # Without the penalty the same cut costs more.
-        assert accuracy(plan.apply(cnn)) < accuracy(cut) - 0.05
+        # The cut takes next to nothing out of what was trained to lose it, and much out of what was not.
+        x = {"x": images(64, 9)[0]}
+        lost = [
+            float((plan.apply(n)(x)[0] - n(x)[0]).norm() / n(x)[0].norm()) for n in (grown, cnn)
+        ]
+        assert lost[0] < 0.01 < 0.2 < lost[1]
 
     @pytest.mark.parametrize("progressive", [False, True])
     def test_soft_filter_pruning_then_removal(self, cnn: Network, progressive: bool) -> None:
@@ -345,7 +356,7 @@ class TestFamily:
     @pytest.mark.parametrize("name", NETWORKS)
     @pytest.mark.parametrize("kind", [L1, GroupLasso, Slimming])
     def test_every_network_or_a_reason(self, name: str, kind: type[L1]) -> None:
-        network = build(name)
+        network = built(name)
         try:
             loss = kind(1e-3).on(network, parameters(network)).loss(0.5)
         except RefusedError as error:

@@ -6,7 +6,7 @@ from tinier.inspect import inspect
 from tinier.measure.files import measure_files as measure
 from tinier.search.candidate import Result
 from tinier.shrink import shrink
-from tinier.verbs import Smaller, export, load, prune, quantize, recover, save
+from tinier.verbs import Smaller, export, linearize, load, prune, quantize, recover, save
 from tinier.verify import verify
 from tinier.version import VERSION as __version__
 
@@ -18,6 +18,7 @@ __all__ = [
     "compress",
     "export",
     "inspect",
+    "linearize",
     "load",
     "measure",
     "prune",

@@ -66,6 +66,10 @@ def prune(
         typer.Option(help="Group or module that stays, * for any; may be repeated."),
     ] = None,
     round_to: Annotated[int, typer.Option(help="Widths become multiples of this.")] = 8,
+    depth: Annotated[
+        float,
+        typer.Option(help="Whole residual blocks leave first: a number, or a share of their MACs."),
+    ] = 0.0,
     steps: Annotated[int, typer.Option(help="Cut in this many rounds.")] = 1,
     epochs: Annotated[
         float, typer.Option(help="Training towards the original after each round, on --data.")
@@ -92,6 +96,7 @@ def prune(
                 rates=_rates(rate),
                 exclude=exclude or (),
                 round_to=round_to,
+                depth=depth,
                 steps=steps,
                 epochs=epochs,
                 seed=seed,

@@ -20,8 +20,8 @@ class ActivationEntropy(Criterion):
 
     Hᵢ = −Σ_b p_b log p_b, p_b the share of examples whose mean of channel i over all positions falls into bin b of ``bins`` equal bins
     between its smallest and largest value; a mean over the places of the group and the positions of the channel. In nats, 0 for a channel
-    that says the same of every example. The most informative are kept. Suits ranking within a group and across groups. It takes some
-    hundred examples: of n examples no entropy is above log n.
+    that says the same of every example. The most informative are kept. Suits ranking within a group, and across groups once
+    divided by the mean of each. It takes some hundred examples: of n examples no entropy is above log n.
 
     Attributes:
         bins: m, 2 or more.
@@ -34,7 +34,6 @@ class ActivationEntropy(Criterion):
     """
 
     name: ClassVar[str] = "activation_entropy"
-    comparable: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
 
     bins: int = 32

@@ -18,18 +18,18 @@ from tinier.statistics import Statistics
 class BatchNormScale(Criterion):
     """The magnitude of the scale that batch norms give a channel.
 
-    sᵢ = mean |γᵢ| over the batch norms of the group. Groups without a batch norm stay whole. Suits ranking across groups,
-    as in the paper, after training with an L1 penalty on γ; without one, γ says little.
+    sᵢ = mean |γᵢ| over the batch norms of the group. Groups without a batch norm stay whole. After training with an L1 penalty on γ
+    (without one, γ says little) it suits ranking within a group, and across groups.
 
     Source:
         Liu et al. 2017, "Learning efficient convolutional networks through network slimming", section 3.
 
     Differs:
-        A mean over the batch norms of coupled layers, which the paper leaves to a channel selection layer.
+        A mean over the batch norms of coupled layers, which the paper leaves to a channel selection layer. The ranking across
+        groups divides by their means, for batch norms in front of an addition have other scales than those in front of ReLU.
     """
 
     name: ClassVar[str] = "batch_norm_scale"
-    comparable: ClassVar[bool] = True
 
     def scores(
         self, network: Network, groups: Sequence[Group], statistics: Statistics | None = None

@@ -59,7 +59,8 @@ class Gradient(Criterion):
     ) -> dict[str, Tensor]:
         """|∂L/∂w|."""
         statistics = observed_weights(self, statistics)
+        known = chosen(network, names)
         missing = [name for name in names if name not in statistics.gradients]
         if missing:
             raise RefusedError(f"{missing[0]}: the statistics have no gradient of it")
-        return {name: statistics.gradients[name].abs() for name in chosen(network, names)}
+        return {name: statistics.gradients[name].abs() for name in known}

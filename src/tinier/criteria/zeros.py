@@ -18,7 +18,7 @@ class Zeros(Criterion):
     """How often a channel's activations are not zero where operators read it.
 
     sᵢ = 1 − APoZᵢ, APoZᵢ = share of exact zeros among all values of channel i, in [0, 1]. It says something behind ReLU only: behind smooth
-    activation functions all scores are 1. Suits ranking within a group and across groups.
+    activation functions all scores are 1. Suits ranking within a group, and across groups once divided by the mean of each.
 
     Source:
         Hu et al. 2016, "Network trimming", equation 1.
@@ -28,7 +28,6 @@ class Zeros(Criterion):
     """
 
     name: ClassVar[str] = "apoz"
-    comparable: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
 
     def scores(

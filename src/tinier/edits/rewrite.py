@@ -1,15 +1,17 @@
 """The traced graph with smaller parameters: tensors are cut, constants that hold sizes are written anew from the terms."""
 
 import copy
+import operator
 import sys
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from tinier.errors import RefusedError
-from tinier.graph.axes import Atom, Axis, atoms, kept_size, positions, size
+from tinier.graph.axes import Atom, Axis, Product, atoms, kept_size, positions, size
 from tinier.graph.groups import Channels
 from tinier.graph.rules import argument, dimension, operator_name
 from tinier.graph.rules.linear import ATTENTION
@@ -137,19 +139,44 @@ class Rewriter:
         return False
 
     def new_sizes(self, node: fx.Node, given: list[Any], axes: list[Axis]) -> list[Any]:
-        """The size arguments of a view, one for each axis; a size that is free and smaller becomes −1."""
+        """The size arguments of a view, one for each axis; a size that is free and smaller becomes −1, or is computed anew."""
         shape = node.meta["val"].shape[len(node.meta["val"].shape) - len(axes) :]
-        result = [
-            value
-            if not self.changed(axis) or (isinstance(value, int) and value == -1)
-            else self.size(axis)
-            if isinstance(length, int)
-            else -1
-            for value, axis, length in zip(given, axes, shape, strict=True)
-        ]
+        result: list[Any] = []
+        for value, axis, length in zip(given, axes, shape, strict=True):
+            if not self.changed(axis) or (isinstance(value, int) and value == -1):
+                result.append(value)
+            else:
+                result.append(self.size(axis) if isinstance(length, int) else -1)
+        places = [index for index, value in enumerate(result) if isinstance(value, int)]
+        opened = [index for index in places if result[index] == -1]
+        for index in opened if len(opened) > 1 else ():
+            value = given[index]
+            if isinstance(value, fx.Node):
+                result[index] = self._scaled(node.args[1][index], value, axes[index])  # type: ignore[index]
         if sum(isinstance(value, int) and value == -1 for value in result) > 1:
             raise RefusedError(f"{node.name} ({operator_name(node)}): two sizes would be open")
         return result
+
+    def _scaled(self, old: Any, new: fx.Node, axis: Axis) -> fx.Node:
+        """A computed size, such as batch × heads, times what is left of it; ``old`` is its node in the original graph."""
+        seen, rest = set[fx.Node](), [old]
+        while rest:
+            source = rest.pop()
+            if source in seen or isinstance(source.meta.get("val"), Tensor):
+                continue
+            seen.add(source)
+            if operator_name(source) == "sym_size":
+                dim = dimension(int(source.args[1]), len(self.of(source.args[0])))
+                if self.changed(self.of(source.args[0])[dim]):
+                    return new  # read from a tensor that is already smaller
+            rest += source.all_input_nodes
+        factors = axis.factors if isinstance(axis, Product) else (axis,)
+        changed = [factor for factor in factors if self.changed(factor)]
+        whole, left = prod(size(f) for f in changed), prod(self.size(f) for f in changed)
+        with new.graph.inserting_after(new):
+            share = new.graph.call_function(operator.floordiv, (new, whole))
+        with new.graph.inserting_after(share):
+            return new.graph.call_function(operator.mul, (share, left))
 
 
 def _view(run: Rewriter, old: fx.Node, new: fx.Node) -> None:

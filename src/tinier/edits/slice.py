@@ -272,7 +272,12 @@ def _first_difference(
             except RuntimeError as error:
                 return f"first at {original.name} ({original.target}): {error}"
             axes = channels.axes.get(original)
-            if isinstance(masked, Tensor) and isinstance(axes, list):
+            # Integers may be positions, which are numbered anew.
+            if (
+                isinstance(masked, Tensor)
+                and isinstance(axes, list)
+                and (masked.is_floating_point() or masked.is_complex())
+            ):
                 for dim, axis in enumerate(axes):
                     if any(atom in kept for atom in atoms(axis)):
                         left = _left(axis, kept)

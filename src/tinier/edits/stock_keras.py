@@ -73,7 +73,7 @@ def keras_modules(module: KerasModule, channels: Channels, kept: Kept) -> Iterab
         ModelError: a layer's config cannot say its new width, or Keras cannot build the model from it.
     """
     resized = _Resized(module, channels, kept)
-    smaller = KerasModule(rebuilt(module.model, resized.configs()))
+    smaller = KerasModule(rebuilt(module.model, resized.configs()), module)
     smaller.assign(resized.values())
     yield smaller
     # Whoever asks for another one has found that this one is not right.
@@ -103,7 +103,9 @@ class _Resized:
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """Path → config key → new value."""
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
+        if not is_graph(self.module.model):  # a class of the user's, which builds its layers itself
+            found[""] = self._foreign(self.module.model, "")
         for operation, path in operations(self.module.model):
             if path and (config := self._config(operation, path)):
                 found[path] = config
@@ -239,10 +241,11 @@ class _Resized:
         try:
             config = operation.get_config()
         except (NotImplementedError, TypeError) as error:
-            raise ModelError(f"{path}: {type(operation).__name__} has no get_config") from error
+            name = path or self.module.model.name
+            raise ModelError(f"{name}: {type(operation).__name__} has no get_config") from error
         news: dict[int, set[int]] = {}
         for name in self.old:
-            if name.startswith(f"{path}."):
+            if not path or name.startswith(f"{path}."):
                 for before, after in zip(self.old[name], self.new[name], strict=True):
                     news.setdefault(before, set()).add(after)
         found = {}
@@ -250,8 +253,8 @@ class _Resized:
             if type(value) is int and value in news and news[value] != {value}:
                 if len(news[value]) > 1:
                     raise ModelError(
-                        f"{path}: {type(operation).__name__}({key}={value}) is the size of several dimensions, which have other "
-                        "sizes now"
+                        f"{path or self.module.model.name}: {key}={value} of {type(operation).__name__} is the size of several "
+                        "dimensions, which have other sizes now"
                     )
                 found[key] = min(news[value])
         return found

@@ -203,6 +203,9 @@ def _unify_products(left: list[Axis], right: list[Axis]) -> None:
 
 
 def _unify_concats(left: list[Axis], right: list[Axis]) -> None:
+    starts = _starts(left)
+    if any(starts.get(part, start) != start for part, start in _starts(right).items()):
+        raise Mismatch("an axis meets itself shifted")
     while left and right:
         first, second = left.pop(0), right.pop(0)
         if size(first) > size(second):
@@ -212,6 +215,17 @@ def _unify_concats(left: list[Axis], right: list[Axis]) -> None:
             second, rest = cut(second, (size(first), size(second) - size(first)))
             right.insert(0, rest)
         unify(first, second)
+
+
+def _starts(parts: list[Axis]) -> dict[Axis, int]:
+    """Where each part of more than one position starts; of a part that occurs again, the first time."""
+    starts: dict[Axis, int] = {}
+    offset = 0
+    for part in parts:
+        if size(part) > 1:
+            starts.setdefault(part, offset)
+        offset += size(part)
+    return starts
 
 
 def _distribute(joined: Concat, whole: Product) -> None:

@@ -155,13 +155,17 @@ def channel_groups(traced: Traced) -> Channels:
     outer = {node: resolve(axis) for node, axis in flow.outer.items()}
     trainable = {name for name, _ in traced.module.named_parameters(remove_duplicate=False)}
     slots, pinned = _collect(parameters, tensors)
-    kernels = {name for name, axes in parameters.items() if len(axes) > 2 and _spatial(axes[2:])}
+    kernels = {
+        name
+        for name, axes in parameters.items()
+        if len(axes) > 2 and (_spatial(axes[2:]) or _spatial(axes[:-2]))
+    }
     groups = _groups(slots, trainable, kernels)
     return Channels(groups, tuple(pinned), axes, parameters, heads, outer)
 
 
 def _spatial(axes: list[Axis]) -> bool:
-    """Whether the dimensions of a parameter after the second are the extent of a convolution's kernel."""
+    """Whether dimensions of a parameter (after the second; in Keras before the last two) are a kernel's extent."""
     return all(why.reason == KERNEL for axis in axes for atom in atoms(axis) for why in atom.pins[:1]) and all(
         atom.pins for axis in axes for atom in atoms(axis)
     )

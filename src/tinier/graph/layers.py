@@ -101,7 +101,8 @@ class Layer:
         """Zeros between the positions of the input, which make a transposed convolution a plain one."""
         sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], self.stride, strict=True)]
         result = x.new_zeros(*x.shape[:2], *sizes)
-        result[(..., *(slice(None, None, step) for step in self.stride))] = x
+        every = tuple(slice(None, None, step) for step in self.stride)
+        result[(slice(None), slice(None), *every)] = x
         return result
 
     def _pads(self, kernel: Sequence[int]) -> list[tuple[int, int]]:
@@ -161,7 +162,8 @@ def _convolution(node: fx.Node, name: str) -> Layer | None:
     stride, padding = argument(node, 3, "stride", 1), argument(node, 4, "padding", 0)
     after: Any = 0
     if name in ("convolution", "_convolution"):
-        dilation, after, groups = argument(node, 5, "dilation"), node.args[7], node.args[8]
+        dilation, after = argument(node, 5, "dilation"), node.args[7]
+        groups: Any = node.args[8]
         transposed = bool(node.args[6])
     elif name.startswith("conv_transpose"):
         after, groups = argument(node, 5, "output_padding", 0), argument(node, 6, "groups", 1)

@@ -112,7 +112,13 @@ class _Masked(fx.Interpreter):
 
     def input_mask(self, node: fx.Node, dims: list[int], position: int = 0) -> Tensor:
         """Which positions of one of a node's inputs stay, along some dimensions; broadcasts against it. bool."""
-        source: Any = node.args[position]
+        return self._mask_along(node.args[position], dims)
+
+    def mask_of_all(self, source: fx.Node) -> Tensor:
+        """Which entries of a tensor stay; of its rank, broadcasts against it. bool."""
+        return self._mask_along(source, list(range(self.env[source].ndim)))
+
+    def _mask_along(self, source: Any, dims: list[int]) -> Tensor:
         value: Tensor = self.env[source]
         result = torch.ones([1] * value.ndim, dtype=torch.bool, device=value.device)
         for dim in dims:

@@ -21,6 +21,9 @@ class Run(Protocol):
     def input_mask(self, node: fx.Node, dims: list[int], position: int = 0) -> Tensor:
         """Which positions of an input stay, along some dimensions."""
 
+    def mask_of_all(self, source: fx.Node) -> Tensor:
+        """Which entries of a tensor stay."""
+
 
 def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, summed squared deviation and number of the kept positions along dims, dims kept with size 1."""
@@ -84,8 +87,32 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _group_norm(run: Run, node: fx.Node) -> Tensor:
+    return _grouped(
+        run,
+        node,
+        run.value(node, 1, "num_groups"),
+        run.value(node, 2, "weight"),
+        run.value(node, 3, "bias"),
+        run.value(node, 4, "eps", 1e-5),
+    )[0]
+
+
+def _native_group_norm(run: Run, node: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias = run.value(node, 1, "weight"), run.value(node, 2, "bias")
+    groups, eps = run.value(node, 6, "group"), run.value(node, 7, "eps")
+    return _grouped(run, node, groups, weight, bias, eps)
+
+
+def _grouped(
+    run: Run,
+    node: fx.Node,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised values, and mean and scale of each group."""
     x: Tensor = run.value(node, 0, "input")
-    groups = run.value(node, 1, "num_groups")
     batch, width = x.shape[:2]
     grouped = x.reshape(batch, groups, width // groups, -1)
     mask = run.input_mask(node, [1]).flatten().view(1, groups, -1, 1)
@@ -94,14 +121,14 @@ def _group_norm(run: Run, node: fx.Node) -> Tensor:
     mean = torch.where(mask, grouped, zero).sum((2, 3), keepdim=True) / number
     centred = torch.where(mask, grouped - mean, zero)
     variance = centred.square().sum((2, 3), keepdim=True) / number
-    y = (centred / (variance + run.value(node, 4, "eps", 1e-5)).sqrt()).view(x.shape)
+    scale = (variance + eps).rsqrt()
     shape = [1, -1] + [1] * (x.ndim - 2)
-    weight, bias = run.value(node, 2, "weight"), run.value(node, 3, "bias")
-    return _affine(
-        y,
+    y = _affine(
+        (centred * scale).view(x.shape),
         None if weight is None else weight.view(shape),
         None if bias is None else bias.view(shape),
     )
+    return y, mean.view(batch, groups), scale.view(batch, groups)
 
 
 def _without(filler: float) -> Callable[[Run, fx.Node], Any]:
@@ -149,6 +176,29 @@ def _grouped_product(run: Run, node: fx.Node) -> Any:
     values[2] = ends.cummax(0).values.to(ends.dtype)
     assert callable(node.target)
     return node.target(*values, **node.kwargs)
+
+
+def _index_put(run: Run, node: fx.Node) -> Tensor:
+    """Positions that were cut put nothing: their numbers were masked, and would point at the first position."""
+    x: Tensor = run.value(node, 0, "self")
+    given: Any = node.args[1]
+    shape = torch.broadcast_shapes(*(run.env[i].shape for i in given if i is not None))
+    kept = torch.ones(shape, dtype=torch.bool, device=x.device)
+    for item in given:
+        if item is not None:
+            kept = kept & run.mask_of_all(item).expand(shape)
+    indices = [None if i is None else run.env[i] for i in given]
+    rest = [run.env[a] if isinstance(a, fx.Node) else a for a in node.args[2:]]
+    assert callable(node.target)
+    if kept.all() or any(i is not None and i.dtype == torch.bool for i in indices):
+        return node.target(x, indices, *rest, **node.kwargs)
+    used = [dim for dim, i in enumerate(indices) if i is not None]
+    place = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    full = tuple(slice(None) if i is None else i.expand(shape) for i in indices)
+    values = rest[0].expand(x[full].shape).flatten(place, place + len(shape) - 1)
+    few = [None if i is None else i.expand(shape)[kept] for i in indices]
+    chosen = values.index_select(place, kept.flatten().nonzero().flatten())
+    return node.target(x, few, chosen, *rest[1:], **node.kwargs)
 
 
 def _masked_scatter(run: Run, node: fx.Node) -> Tensor:
@@ -218,6 +268,7 @@ SPECIAL: dict[str, Callable[[Run, fx.Node], Any]] = {
     "native_layer_norm": _native_layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
+    "native_group_norm": _native_group_norm,
     "softmax": _softmax,
     "_softmax": _softmax,
     "log_softmax": _softmax,
@@ -242,4 +293,5 @@ SPECIAL: dict[str, Callable[[Run, fx.Node], Any]] = {
     "grouped_mm_fallback": _grouped_product,
     "_grouped_mm": _grouped_product,
     "masked_scatter": _masked_scatter,
+    "index_put": _index_put,
 }

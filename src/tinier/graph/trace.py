@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tinier.errors import ModelError
 from tinier.graph.capture import DependsOnData, capture, register
+from tinier.graph.unfuse import unfuse
 
 _TORCH = str(Path(torch.__file__).parent)
 _TINIER = str(Path(__file__).parent.parent)
@@ -70,15 +71,16 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     with evaluating(module):
         try:
             exported = _export(module, example)
-            plain = _plain(exported.module(check_guards=False), names)
+            graph = plain(exported.module(check_guards=False), names)
         # The user's code runs inside, and torch.export has no common base for what stops it.
         except Exception as error:
             captured, result = _captured(module, example, error)
             try:
                 exported = _export(captured, example)
-                plain = _plain(exported.module(check_guards=False), names)
+                graph = plain(exported.module(check_guards=False), names)
             except Exception as second:
                 raise _refusal(error, second) from error
+    unfuse(graph)
     if result is None:
         spec = exported.call_spec.out_spec
         (output,) = exported.graph.find_nodes(op="output")
@@ -88,10 +90,10 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     batched = all(
         # A symbol may have been found to have one value only: ``len(x)`` in a model fixes it.
         not isinstance(size := node.meta["val"].shape[0], int) and size.node.maybe_as_int() is None
-        for node in plain.graph.find_nodes(op="placeholder")
+        for node in graph.graph.find_nodes(op="placeholder")
         if node.meta["val"].ndim
     )
-    return Traced(plain, exported, names, _names(result), batched)
+    return Traced(graph, exported, names, _names(result), batched)
 
 
 def _check(module: nn.Module) -> None:
@@ -182,7 +184,7 @@ def _is_model(file: str) -> bool:
     )
 
 
-def _plain(exported: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:
+def plain(exported: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:
     """The exported graph with ordinary arguments, a flat tuple as result and parameters of its own.
 
     torch.export's module checks its inputs and packs its outputs by a fixed call form; edited graphs outlive that form.

@@ -47,19 +47,25 @@ class KerasModule(nn.Module):
 
     Args:
         model: built, on the torch backend.
+        like: the module that the model was built anew from; layers and variables get its names, whatever Keras calls them now.
     """
 
     model: Any
+    paths: dict[int, str]
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, like: "KerasModule | None" = None) -> None:
         super().__init__()
         # Past nn.Module, which would register the model's own layers a second time, with its names for their variables.
         object.__setattr__(self, "model", model)
         self.inputs = input_names(model)
-        self.paths = {id(operation): path for operation, path in operations(model)}
+        found = list(operations(model))
+        if like is not None and len(like.paths) == len(found):
+            renamed = zip(found, like.paths.values(), strict=True)
+            found = [(operation, path) for (operation, _), path in renamed]
+        self.paths = {id(operation): path for operation, path in found}
         self.variables: dict[str, Any] = {}
         seen: set[int] = set()
-        for operation, path in operations(model):
+        for operation, path in found:
             scope = self._scope(path)
             for variable in own_variables(operation):
                 if id(variable) not in seen and variable.value.is_floating_point():
@@ -77,11 +83,15 @@ class KerasModule(nn.Module):
         """What the model returns for its inputs, by position or by name."""
         values = [*given, *(named[name] for name in self.inputs[len(given) :])]
         call = pack(self.model, values)
+        if torch.compiler.is_exporting() and is_graph(self.model):
+            for value, declared in zip(values, self.model.inputs, strict=True):
+                # What the input layer says is fixed is fixed in the graph.
+                _ = [int(value.shape[d]) for d, size in enumerate(declared.shape) if d and size]
         with self._named(), self._as_variables():
             return call(self.model, self.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KerasModule":
-        copied = KerasModule(rebuilt(self.model))
+        copied = KerasModule(rebuilt(self.model), self)
         copied.assign({name: variable.value for name, variable in self.variables.items()})
         memo[id(self)] = copied
         return copied.train(self.training)
@@ -162,7 +172,14 @@ class KerasModule(nn.Module):
                     return plain(operation, *args, **kwargs)
                 if is_graph(operation):
                     args, kwargs = module._marked(operation, args, kwargs)
-                return module._scope(path)(plain, operation, *args, **kwargs)
+                if getattr(operation, "unroll", None) is not False:
+                    return module._scope(path)(plain, operation, *args, **kwargs)
+                # Keras's rolled loop over time takes the batch apart, which would fix its size; the unrolled one does not.
+                operation.unroll = True
+                try:
+                    return module._scope(path)(plain, operation, *args, **kwargs)
+                finally:
+                    operation.unroll = False
 
             kind.__call__ = call
             try:

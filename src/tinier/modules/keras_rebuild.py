@@ -48,9 +48,9 @@ def rebuilt(model: Any, configs: Mapping[str, Mapping[str, Any]] | None = None) 
         made.trainable = model.trainable if not model.trainable else made.trainable
     # Layers are code of Keras and of the user, which raise what they like.
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        said = " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
         raise ModelError(
-            f"{model.name}: Keras cannot build the model from its config: {first or type(error).__name__}"
+            f"{model.name}: Keras cannot build the model from its config: {said or type(error).__name__}"
         ) from error
     return made
 
@@ -63,7 +63,8 @@ def _change(
     config = entry["config"]
     for inner, held in _held(config, operation):
         _change(inner, held, paths, configs)
-    config.update(configs.get(paths.get(id(operation), ""), {}))
+    if id(operation) in paths:
+        config.update(configs.get(paths[id(operation)], {}))
     if is_graph(operation) and any(
         inner.get("class_name") == "InputLayer" for inner in config["layers"]
     ):

@@ -73,7 +73,7 @@ def masks_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameter name → mask, of every weight that is held; tied ones under each name."""
     found = {}
     for path, owner in module.named_modules(remove_duplicate=False):
-        for leaf in list(getattr(owner, "parametrizations", ())):
+        for leaf in list(owner.parametrizations) if parametrize.is_parametrized(owner) else ():  # type: ignore[arg-type]
             held = _held(owner, leaf)
             if held is not None:
                 found[f"{path}.{leaf}" if path else leaf] = held.mask

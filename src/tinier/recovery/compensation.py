@@ -2,17 +2,20 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tinier.edits.base import Plan
 from tinier.edits.slice import Slice
 from tinier.errors import DataError, InputError
 from tinier.graph.axes import Atom
 from tinier.graph.groups import Channels, channel_groups, named_tensors
+from tinier.graph.rules.base import hint
+from tinier.graph.trace import Traced
 from tinier.network import Network
-from tinier.recovery.refit import Refit, live_bytes
+from tinier.recovery.refit import Refit
 from tinier.statistics.chunks import Batch, chunks
 from tinier.tensors.least_squares import RIDGE
 
@@ -36,11 +39,11 @@ def compensate(
 
     for every linear layer and convolution behind a cut, in the order of the graph. x̃ is what the layer reads in the *pruned* network
     after everything before it was fitted; y what it gives in the *original*, at the channels that stay; G the Gram matrix of x̃, centred.
-    Where the result goes into a residual sum, y is what makes the *sum* that of the original, so that a block corrects the error of those
-    before it. w_r is how much row r matters for what the network returns (``statistics.sensitivity``): padding and tokens that nothing reads
-    have weight 0. A convolution without a bias, before a batch norm, gets its b̃ from the running mean of the batch norm. Afterwards
-    the batch norm takes the mean and the variance of its new input, and its scale and shift are changed so that its function stays: training goes
-    on from there without a jump.
+    Where the result goes into a residual sum, y is what makes the *sum* that of the original, so that a block corrects the error of
+    those before it. w_r is how much row r matters for what the network returns (``statistics.sensitivity``): padding, and tokens that
+    nothing reads, have weight 0. A convolution without a bias, before a batch norm, gets its b̃ from the running mean of the batch norm.
+    Afterwards the batch norm takes the mean and the variance of its new input, and its scale and shift are changed so that its function
+    stays: training goes on from there without a jump.
 
     Args:
         pruned: what ``plan.apply(original)`` gave, trained since or not; left as it is.
@@ -92,9 +95,9 @@ def compensate(
             f"{pruned.name}: not what the plan makes of {original.name}: {error}"
         ) from error
     before = refit.error()
-    refit.run()
     if not before < torch.inf:
         raise DataError(f"{original.name}: its outputs on the data are not finite")
+    refit.run()
     result = pruned.copy()
     if left_out:
         note = f"compensated with the first {len(data) * CHUNK} examples; more take over {memory / 2**30:.1f} GB"
@@ -120,7 +123,7 @@ def _examples(
     known = sum(tensor.numel() for tensor in network.example.values())
     for inputs, _ in chunks(network, batches, CHUNK):
         share = sum(tensor.numel() for tensor in inputs.values()) / known
-        used += live_bytes(network.traced) * share
+        used += _live_bytes(network.traced) * share
         if data and used > memory:
             return data, True
         data.append(dict(inputs))
@@ -146,3 +149,24 @@ def _kept(plan: Plan, channels: Channels) -> Mapping[Atom, Tensor]:
             indices = indices[torch.isin(indices, result[group.atom])]
         result[group.atom] = indices
     return result
+
+
+def _live_bytes(traced: Traced) -> int:
+    """Most bytes that the values inside a network and its smaller twin take at once, for the example."""
+    live, most = 0, 0
+    sizes: dict[fx.Node, int] = {}
+    last = fx.Interpreter(traced.module).user_to_last_uses
+    for node in traced.module.graph.nodes:
+        value = node.meta.get("val")
+        found = value if isinstance(value, list | tuple) else [value]
+        sizes[node] = 0
+        if node.op != "get_attr":
+            sizes[node] = sum(
+                prod(hint(n) for n in item.shape) * item.element_size()
+                for item in found
+                if isinstance(item, Tensor)
+            )
+        live += sizes[node]
+        most = max(most, live)
+        live -= sum(sizes[done] for done in last.get(node, []))
+    return 2 * most

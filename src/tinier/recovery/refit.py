@@ -142,9 +142,10 @@ class Refit:
                     if operator_name(node) in NORMS:
                         self._renew(twin, [ours for _, ours in pairs])
                 for (theirs, ours), batch in zip(pairs, self.data, strict=True):
-                    ours[twin] = (
-                        theirs[node] if shared else self._value(self.new, ours, twin, batch)
-                    )
+                    # Parameters stay apart, for one that was equal may be fitted later.
+                    alias = shared and node.op != "get_attr"
+                    value = theirs[node] if alias else self._value(self.new, ours, twin, batch)
+                    ours[twin] = value
                 for theirs, ours in pairs:
                     for last in self.old.user_to_last_uses.get(node, []):
                         del theirs[last]
@@ -354,27 +355,6 @@ class Refit:
 
 
 NORMS = {"batch_norm", "_native_batch_norm_legit_no_training"}
-
-
-def live_bytes(traced: Traced) -> int:
-    """Most bytes that the values inside a network and its smaller twin take at once, for the example."""
-    live, most = 0, 0
-    sizes: dict[fx.Node, int] = {}
-    last = fx.Interpreter(traced.module).user_to_last_uses
-    for node in traced.module.graph.nodes:
-        value = node.meta.get("val")
-        found = value if isinstance(value, list | tuple) else [value]
-        sizes[node] = 0
-        if node.op != "get_attr":
-            sizes[node] = sum(
-                prod(hint(n) for n in item.shape) * item.element_size()
-                for item in found
-                if isinstance(item, Tensor)
-            )
-        live += sizes[node]
-        most = max(most, live)
-        live -= sum(sizes[done] for done in last.get(node, []))
-    return 2 * most
 
 
 def _second(node: fx.Node, first: fx.Node) -> Any:

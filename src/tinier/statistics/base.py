@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tinier.statistics.histograms import Histograms
+from tinier.statistics.lines import Fit
 from tinier.tensors.histogram import Histogram
 
 # What ``observe`` can collect, and what for.
@@ -144,6 +145,7 @@ class Statistics:
         squares: parameter → mean over examples of the squared gradient of each example's loss, of its shape, float64.
         labels: "given" or "sampled" where a loss was differentiated, else "".
         samples: a few batches of inputs as they are, for methods that try what a change does.
+        lines: activation function → the straight line that replaces it best (``fit_lines``).
     """
 
     activations: Mapping[str, Histogram]
@@ -158,3 +160,4 @@ class Statistics:
     squares: Mapping[str, Tensor] = field(default_factory=dict)
     labels: str = ""
     samples: tuple[Mapping[str, Tensor], ...] = ()
+    lines: Mapping[str, Fit] = field(default_factory=dict)

@@ -50,16 +50,16 @@ class Histograms:
         """H = −Σ p log p over ``bins`` equal bins between the smallest and the largest value of each variable.
 
         Args:
-            bins: 2 or more; each of the fine bins counts where its middle lies.
+            bins: 2 or more; each of the fine bins counts where it starts.
 
         Returns:
             (length,) float64, in nats: 0 for a constant, at most log(bins).
         """
         width = torch.exp2(self.exponent.double())[:, None]
-        middle = (torch.arange(BINS, dtype=torch.float64) - BINS / 2 + 0.5) * width
+        start = (torch.arange(BINS, dtype=torch.float64) - BINS / 2) * width
         low, high = self.low.double()[:, None], self.high.double()[:, None]
         span = (high - low).clamp(min=1e-300)
-        index = ((middle - low) / span * bins).floor().clamp(0, bins - 1).long()
+        index = ((start - low) / span * bins).floor().clamp(0, bins - 1).long()
         counts = torch.zeros(len(self.counts), bins, dtype=torch.float64)
         counts.scatter_add_(1, index, self.counts.double())
         entropy = torch.special.entr(counts / counts.sum(1, keepdim=True).clamp(min=1)).sum(1)

@@ -366,7 +366,7 @@ def _culprit(module: fx.GraphModule, inputs: list[Tensor], seen: str) -> str:
     with torch.no_grad():
         Watch(module).run(*inputs)
     if not first:
-        return f"{seen}: infinity; scale the data, or exclude what makes it"
+        return f"{seen}: NaN or infinity; scale the data, or exclude what makes it"
     node = first[0]
     what = {"placeholder": "input", "get_attr": "parameter"}.get(
         node.op, f"output of {operator_name(node)}"

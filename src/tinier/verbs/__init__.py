@@ -1,8 +1,9 @@
 """The single steps of the main job, for those who want to take them one by one."""
 
+from tinier.verbs.activations import linearize
 from tinier.verbs.disk import load, save
 from tinier.verbs.pruning import prune
 from tinier.verbs.smaller import Smaller
 from tinier.verbs.steps import export, quantize, recover
 
-__all__ = ["Smaller", "export", "load", "prune", "quantize", "recover", "save"]
+__all__ = ["Smaller", "export", "linearize", "load", "prune", "quantize", "recover", "save"]

@@ -14,7 +14,9 @@ from tinier.edits.config import standard
 from tinier.edits.follow import follow
 from tinier.errors import InputError
 from tinier.graph.groups import channel_groups
+from tinier.graph.macs import COSTS, Cost
 from tinier.methods.channel_pruning import ChannelPruning
+from tinier.methods.depth_pruning import DepthPruning
 from tinier.network import Example, Network
 from tinier.recovery.compensation import compensate as fit_again
 from tinier.recovery.loop import recover as train_student
@@ -22,10 +24,8 @@ from tinier.search.for_latency import plan_for_latency
 from tinier.statistics import Statistics, observe
 from tinier.targets.base import targets_for
 from tinier.units import parse_milliseconds
+from tinier.verbs.calibration import batches_of, calibration, few, labelled
 from tinier.verbs.smaller import Smaller, examples_of, network_of
-
-CALIBRATION = 512  # examples that criteria and compensation see
-BATCH = 64
 
 
 def prune(
@@ -47,6 +47,7 @@ def prune(
     round_to: int = 8,
     data: Any = None,
     compensate: bool | None = None,
+    depth: float = 0,
     steps: int = 1,
     epochs: float = 0.0,
     seed: int = 0,
@@ -71,6 +72,7 @@ def prune(
         round_to: multiple that widths are rounded to.
         data: examples for criteria that need them and for compensation; labels are used by gradient criteria alone.
         compensate: fit the layers behind what was cut again; None for yes when there is data.
+        depth: whole residual blocks leave first: so many from 1 on, below 1 this share of their MACs; ``keep`` counts from the original.
         steps: cut in this many rounds of equal ratio, each of which scores, cuts and recovers.
         epochs: of training towards the original on ``data`` after each round.
         seed: of the order of the examples.
@@ -108,31 +110,53 @@ def prune(
         uniform=uniform,
         round_to=round_to,
     )
-    examples = None if data is None else _calibration(data, network, seed)
+    examples = None if data is None else calibration(data, network)
     if method.criterion.needs and examples is None:
         raise InputError(
             f"criterion {method.criterion.name}: it needs {', '.join(sorted(method.criterion.needs))} of data; give data=…"
         )
     if max_latency is not None:
         return _within(network, method, examples, max_latency, target, threads, compensate)
-    current, plan, notes = network, Plan(), []
-    for step in range(1, steps + 1):
-        share = method if steps == 1 else _round(method, network, step, steps)
+    dropped, notes = Plan(), []
+    shallow = network
+    if depth:
+        dropped = _depth(depth).plan(network, few(examples, network) if examples else None)
+        shallow = dropped.apply(network)
+        notes.append(f"{len(dropped.edits)} blocks dropped")
+        if at_most is None and of in COSTS and threshold is None:
+            left = _cost(shallow, of) / _cost(network, of)
+            method = replace(method, keep=min(keep / left, 1.0))
+    current, slices = shallow, Plan()
+    for step in range(steps):
+        share = method if steps == 1 else _round(method, steps)
         found = share.plan(current, _statistics(current, method, examples))
-        following = found.apply(current)
-        if examples is not None and compensate is not False:
-            following = fit_again(following, current, found, _batches(examples, network))
+        following = found.apply(current) if found.edits else current
+        if found.edits and examples is not None and compensate is not False:
+            following = fit_again(following, current, found, batches_of(examples, network))
         if epochs and examples is not None:
             whole = examples_of(data, network)
             following = train_student(following, network, whole, epochs=epochs, seed=seed).network
-        plan = found if step == 1 else follow(plan, found, channel_groups(network.traced))
+        slices = found if step == 0 else follow(slices, found, channel_groups(shallow.traced))
         current = following
     if steps > 1:
         notes.append(f"cut in {steps} rounds")
-    return _done(current, network, plan, notes, examples, compensate, epochs)
+    return _done(current, network, dropped + slices, notes, examples, compensate, epochs)
 
 
-def _round(method: ChannelPruning, network: Network, step: int, steps: int) -> ChannelPruning:
+def _depth(depth: float) -> DepthPruning:
+    if not depth > 0 or (depth >= 1 and depth != int(depth)):
+        raise InputError(
+            f"depth={depth}: a number of blocks, or a share of them below 1, is needed"
+        )
+    return DepthPruning(count=int(depth)) if depth >= 1 else DepthPruning(keep=1 - depth)
+
+
+def _cost(network: Network, of: str) -> float:
+    channels = channel_groups(network.traced)
+    return Cost(COSTS[of](network.traced, channels)).at({})
+
+
+def _round(method: ChannelPruning, steps: int) -> ChannelPruning:
     """The share of what is left that one of several rounds keeps: all rounds together keep what was asked for."""
     if method.at_most is not None or method.of == "channels":
         raise InputError("steps: rounds need a share of macs, parameters or bytes")
@@ -158,7 +182,7 @@ def _within(
     )
     pruned = found.plan.apply(network)
     if examples is not None and compensate is not False:
-        pruned = fit_again(pruned, network, found.plan, _batches(examples, network))
+        pruned = fit_again(pruned, network, found.plan, batches_of(examples, network))
     note = f"{target}: {found.latency:.3g} ms at batch 1, the original {found.original:.3g} ms in the same rounds"
     return _done(pruned, network, found.plan, [note], examples, compensate, 0.0)
 
@@ -182,35 +206,9 @@ def _done(
     return Smaller(pruned, original, plan, notes=tuple(dict.fromkeys(notes)))
 
 
-def _calibration(data: Any, network: Network, seed: int) -> Examples:
-    examples = examples_of(data, network)
-    if len(examples) <= CALIBRATION:
-        return examples
-    # Spread over the data, which may be sorted by class.
-    return examples.subset([i * len(examples) // CALIBRATION for i in range(CALIBRATION)])
-
-
 def _statistics(
     network: Network, method: ChannelPruning, examples: Examples | None
 ) -> Statistics | None:
     if not method.criterion.needs or examples is None:
         return None
-    size = _batch(network)
-    return observe(network, _whole(examples, network).batches(size), needs=method.criterion.needs)
-
-
-def _batches(examples: Examples, network: Network) -> list[dict[str, Any]]:
-    size = _batch(network)
-    return [inputs for inputs, _ in _whole(examples, network).batches(size)]
-
-
-def _batch(network: Network) -> int:
-    return BATCH if network.traced.batched else len(next(iter(network.example.values())))
-
-
-def _whole(examples: Examples, network: Network) -> Examples:
-    """The examples that fill batches, where the network takes no others."""
-    size = _batch(network)
-    if network.traced.batched or len(examples) % size == 0:
-        return examples
-    return examples.subset(range(len(examples) - len(examples) % size))
+    return observe(network, labelled(examples, network), needs=method.criterion.needs)

@@ -1,0 +1,155 @@
+"""Linearize: an activation function becomes a straight line for each channel."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from tinier.edits.base import Edit
+from tinier.edits.slice import NOT_PROVED, TOLERANCE, difference, named, on_meta, random_inputs
+from tinier.errors import RefusedError
+from tinier.graph.activations import Activation, Line, activations, straightened
+from tinier.graph.macs import module_path
+from tinier.modules.affine import ChannelAffine
+from tinier.network import Network
+
+Found = list[tuple[Activation, Line]]
+
+
+@dataclass(frozen=True)
+class Linearize(Edit):
+    """Replace one use of an activation function by y = slope · x + intercept.
+
+    Attributes:
+        activation: its name, as ``graph.activations`` gives it.
+        slope: of each channel.
+        intercept: of each channel.
+    """
+
+    kind: ClassVar[str] = "linearize"
+
+    activation: str
+    slope: tuple[float, ...]
+    intercept: tuple[float, ...]
+
+    def row(self) -> tuple[str, str]:
+        """The activation, and what stands there now."""
+        return self.activation, f"{len(self.slope)} lines"
+
+    @classmethod
+    def apply_all(cls, edits: list[Edit], network: Network) -> Network:
+        """A network with fewer activation functions, proved equal to the original with lines in their place.
+
+        The user's class stays where each of the functions is a module of its own; else the traced graph takes its place.
+
+        Raises:
+            RefusedError: an activation is not there, or the proof fails.
+
+        Cost:
+            Copies of the network and a few runs.
+        """
+        names = {one.name: one for one in activations(network.traced)}
+        found: Found = []
+        for edit in edits:
+            assert isinstance(edit, Linearize)
+            one = names.get(edit.activation)
+            if (
+                one is None
+                or one.channels != len(edit.slope)
+                or len(edit.slope) != len(edit.intercept)
+            ):
+                raise RefusedError(
+                    f"linearize {edit.activation} of {len(edit.slope)} channels: the network has no such activation function; "
+                    f"there are {', '.join(names) or 'none'}"
+                )
+            slope, intercept = torch.tensor(edit.slope), torch.tensor(edit.intercept)
+            found.append((one, Line(slope, intercept)))
+        for module in _candidates(network, found):
+            candidate = Network(module, network.example, network.name, network.folder)
+            if on_meta(network):
+                return candidate.noted(NOT_PROVED)
+            if _equal(network, candidate, found):
+                return candidate.noted(*network.notes)
+        raise RefusedError(
+            f"{network.name}: with lines for {', '.join(one.name for one, _ in found)} it is not the original with lines there"
+        )
+
+
+def _equal(original: Network, candidate: Network, found: Found) -> bool:
+    lines = {one.node: (line, one.dim) for one, line in found}
+    for inputs in (random_inputs(original, seed=0), dict(original.example)):
+        wanted = straightened(original.traced, lines, inputs)
+        try:
+            got = candidate(inputs)
+            with torch.no_grad():
+                traced = tuple(candidate.traced.module(**inputs))
+        except Exception:  # the user's code with another module inside: anything may be raised
+            return False
+        if (
+            len(got) != len(wanted)
+            or max(difference(got, wanted), difference(traced, wanted)) > TOLERANCE
+        ):
+            return False
+    return candidate.traced.batched == original.traced.batched
+
+
+def _candidates(network: Network, found: Found) -> Iterator[nn.Module]:
+    if not isinstance(network.module, fx.GraphModule):
+        module = copy.deepcopy(network.module)
+        if all(_replaced(module, one, line) for one, line in found):
+            module.train(network.module.training)
+            yield module
+    yield _graph(network, found)
+
+
+def _replaced(module: nn.Module, one: Activation, line: Line) -> bool:
+    """Whether the activation is a leaf module, which a line could take the place of."""
+    path = module_path(one.node)
+    try:
+        leaf = module.get_submodule(path)
+    except AttributeError:
+        return False
+    if not path or next(leaf.children(), None) is not None:
+        return False
+    parent, _, name = path.rpartition(".")
+    reference = next(module.parameters(), line.slope)
+    affine = ChannelAffine(line.slope, line.intercept, one.dim).to(reference)
+    setattr(module.get_submodule(parent), name, affine)
+    return True
+
+
+def _graph(network: Network, found: Found) -> fx.GraphModule:
+    traced = network.traced
+    module = copy.deepcopy(traced.module)
+    nodes = dict(zip(traced.module.graph.nodes, module.graph.nodes, strict=True))
+    reference = next(module.parameters(), torch.zeros(1))
+    for number, (one, line) in enumerate(found):
+        node = nodes[one.node]
+        name = f"line_{number}"
+        while hasattr(module, name):
+            name += "_"
+        module.add_module(name, ChannelAffine(line.slope, line.intercept, one.dim).to(reference))
+        rank = one.node.meta["val"].ndim
+        shape = [1] * rank
+        shape[one.dim] = one.channels
+        aten = torch.ops.aten
+        with module.graph.inserting_before(node):
+            slope = module.graph.get_attr(f"{name}.slope")
+            intercept = module.graph.get_attr(f"{name}.intercept")
+            slope = module.graph.call_function(aten.view.default, (slope, shape))
+            intercept = module.graph.call_function(aten.view.default, (intercept, shape))
+            product = module.graph.call_function(aten.mul.Tensor, (node.args[0], slope))
+            line_node = module.graph.call_function(aten.add.Tensor, (product, intercept))
+        node.replace_all_uses_with(line_node)
+    module.graph.eliminate_dead_code()
+    for one, _ in found:  # an operator in place is never dead code
+        if nodes[one.node] in module.graph.nodes:
+            module.graph.erase_node(nodes[one.node])
+    module.graph.lint()
+    module.recompile()
+    result = named(module, traced)
+    result.train(network.module.training)
+    return result

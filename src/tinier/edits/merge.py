@@ -1,0 +1,183 @@
+"""Merge: two layers with nothing but straight lines between them become one."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from tinier.edits.base import Edit
+from tinier.edits.slice import TOLERANCE, difference, named, random_inputs
+from tinier.errors import RefusedError
+from tinier.graph.macs import module_path
+from tinier.graph.neighbours import Neighbours, merged_tensors, neighbours
+from tinier.graph.trace import call
+from tinier.network import Network
+
+
+@dataclass(frozen=True)
+class Merge(Edit):
+    """Multiply two layers that are neighbours.
+
+    Attributes:
+        first: weight of the layer that comes first.
+        second: weight of the one behind it.
+    """
+
+    kind: ClassVar[str] = "merge"
+
+    first: str
+    second: str
+
+    def row(self) -> tuple[str, str]:
+        """The layers, and what becomes of them."""
+        return f"{self.first} · {self.second}", "one layer"
+
+    @classmethod
+    def apply_all(cls, edits: list[Edit], network: Network) -> Network:
+        """A network with fewer layers that computes the same, to rounding; the user's class where it can be kept.
+
+        Raises:
+            RefusedError: two layers are no neighbours, or the merged network differs.
+
+        Cost:
+            A trace and some copies of the network for each pair.
+        """
+        for edit in edits:
+            assert isinstance(edit, Merge)
+            network = _merged(network, edit)
+        return network
+
+
+def _merged(network: Network, edit: Merge) -> Network:
+    pair = next(
+        (
+            pair
+            for pair in neighbours(network.traced)
+            if (pair.first.weight, pair.second.weight) == (edit.first, edit.second)
+        ),
+        None,
+    )
+    if pair is None:
+        raise RefusedError(f"merge {edit.first} and {edit.second}: no neighbours in this network")
+    weight, bias = merged_tensors(network.traced.module, pair)
+    for module in _candidates(network, pair, weight, bias):
+        candidate = Network(module, network.example, network.name, network.folder)
+        if _same(network, candidate):
+            return candidate.noted(*network.notes)
+    raise RefusedError(
+        f"{network.name}: with {edit.first} and {edit.second} as one layer it differs by more than {TOLERANCE:g} (relative)"
+    )
+
+
+def _same(original: Network, candidate: Network) -> bool:
+    for inputs in (random_inputs(original, seed=0), dict(original.example)):
+        wanted = original(inputs)
+        try:
+            with torch.no_grad():
+                found = (candidate(inputs), call(candidate.traced.module, inputs))
+        except Exception:  # the user's code with another module inside: anything may be raised
+            return False
+        if any(len(f) != len(wanted) or difference(f, wanted) > TOLERANCE for f in found):
+            return False
+    return candidate.traced.batched == original.traced.batched
+
+
+def _candidates(
+    network: Network, pair: Neighbours, weight: Tensor, bias: Tensor
+) -> Iterator[nn.Module]:
+    if not isinstance(network.module, fx.GraphModule):
+        module = copy.deepcopy(network.module)
+        if _replaced(module, pair, weight, bias):
+            module.train(network.module.training)
+            yield module
+    yield _graph(network, pair, weight, bias)
+
+
+def _replaced(module: nn.Module, pair: Neighbours, weight: Tensor, bias: Tensor) -> bool:
+    """Whether all layers of the chain are modules: the first one takes everything, the others pass values on."""
+    first, *rest = [
+        module_path(node) for node in (pair.first.node, *pair.between, pair.second.node)
+    ]
+    leaves: list[Any] = []
+    for path in (first, *rest):
+        try:
+            leaf = module.get_submodule(path)
+        except AttributeError:
+            return False
+        if not path or next(leaf.children(), None) is not None:
+            return False
+        leaves.append(leaf)
+    made = _layer(leaves[0], leaves[-1], weight, bias)
+    if made is None:
+        return False
+    for path in dict.fromkeys(rest):
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, nn.Identity())
+    parent, _, name = first.rpartition(".")
+    setattr(module.get_submodule(parent), name, made)
+    return True
+
+
+def _layer(first: nn.Module, second: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module | None:
+    """One layer of torch.nn for two."""
+    made: Any
+    if isinstance(first, nn.Linear):
+        made = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    elif isinstance(first, nn.modules.conv._ConvNd) and isinstance(second, nn.modules.conv._ConvNd):
+        kind: Any = type(first)
+        made = kind(
+            weight.shape[1],
+            weight.shape[0],
+            tuple(weight.shape[2:]),
+            tuple(a * b for a, b in zip(first.stride, second.stride, strict=True)),
+            first.padding,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+    else:
+        return None
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        made.bias.copy_(bias)
+    return made  # type: ignore[no-any-return]
+
+
+def _graph(network: Network, pair: Neighbours, weight: Tensor, bias: Tensor) -> fx.GraphModule:
+    traced = network.traced
+    module = copy.deepcopy(traced.module)
+    nodes = dict(zip(traced.module.graph.nodes, module.graph.nodes, strict=True))
+    first, second = nodes[pair.first.node], nodes[pair.second.node]
+    path, _, leaf = pair.first.weight.rpartition(".")
+    owner = module.get_submodule(path)
+    names = {}
+    for kind, tensor in (("weight", weight), ("bias", bias)):
+        name = f"{leaf}_merged_{kind}"
+        owner.register_parameter(name, nn.Parameter(tensor))
+        names[kind] = f"{path}.{name}" if path else name
+    with module.graph.inserting_before(second):
+        made = [module.graph.get_attr(names[kind]) for kind in ("weight", "bias")]
+        source = nodes[pair.first.source]
+        rest: tuple[Any, ...] = ()
+        if pair.first.kind == "convolution":
+            strides = [a * b for a, b in zip(pair.first.stride, pair.second.stride, strict=True)]
+            rest = (strides, [before for before, _ in pair.first.padding])
+        target: Any = first.target
+        if pair.first.kind == "convolution":
+            target = getattr(torch.ops.aten, f"conv{weight.ndim - 2}d").default
+        replacement = module.graph.call_function(target, (source, *made, *rest))
+        replacement.meta = dict(second.meta)
+    second.replace_all_uses_with(replacement)
+    module.graph.eliminate_dead_code()
+    used = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
+        if name not in used:
+            parent, _, last = name.rpartition(".")
+            delattr(module.get_submodule(parent), last)
+    module.graph.lint()
+    module.recompile()
+    result = named(module, traced)
+    result.train(network.module.training)
+    return result

@@ -1,0 +1,137 @@
+"""Activation removal: the activation functions that a straight line replaces best are linearized, and neighbours merged."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from tinier.edits.base import Plan
+from tinier.edits.linearize import Linearize
+from tinier.edits.merge import Merge
+from tinier.errors import InputError, RefusedError
+from tinier.graph.activations import Activation, Line, activations, straightened
+from tinier.graph.neighbours import neighbours
+from tinier.methods.base import Method
+from tinier.network import Network
+from tinier.statistics import Statistics
+
+SCORES = ("output", "fit")
+
+
+@dataclass(frozen=True)
+class ActivationRemoval(Method):
+    """Linearize the activation functions that matter least, one after the other, and merge layers that become neighbours.
+
+    The score "fit" is the part of the function's variance that its least-squares line leaves, 1 − R²; "output" is the change of
+    the network's output with the line in place, ‖f(x) − f′(x)‖² / ‖f(x) − mean f‖², given those linearized before.
+
+    Attributes:
+        keep: the share of the activation functions that stay, in [0, 1].
+        count: how many leave instead.
+        score: "output" or "fit".
+        merge: whether layers are merged where one of them takes fewer MACs than two.
+
+    Source:
+        Dror et al. 2021, "Layer folding: Neural network depth reduction using activation linearization", for folding; Cho et al. 2022,
+        "Selective network linearization for efficient private inference", for choosing.
+
+    Differs:
+        The line is fitted in closed form to each channel's values, not trained by a penalty on slopes.
+    """
+
+    name: ClassVar[str] = "activation_removal"
+
+    keep: float = 0.75
+    count: int | None = None
+    score: str = "output"
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.keep <= 1:
+            raise InputError(f"keep={self.keep}: a share in [0, 1] is needed")
+        if self.count is not None and self.count < 0:
+            raise InputError(f"count={self.count}: a number of activation functions is needed")
+        if self.score not in SCORES:
+            raise InputError(f"score={self.score!r}: one of {', '.join(SCORES)} is needed")
+
+    def plan(self, network: Network, statistics: Statistics | None = None) -> Plan:
+        """One edit for each function that leaves, then one for each pair of layers that is merged.
+
+        Args:
+            network: left as it is.
+            statistics: its ``lines``, and its ``samples`` for the score "output".
+
+        Raises:
+            InputError: there are no statistics: a line is fitted to data.
+            RefusedError: there are fewer activation functions than asked for.
+
+        Cost:
+            With "output", a run of the network on the samples for each function that is left, for each that leaves.
+        """
+        found = activations(network.traced)
+        count = self.count
+        if count is None:
+            count = ceil((1 - self.keep) * len(found) - 1e-9)
+        if count > len(found):
+            raise RefusedError(
+                f"{network.name}: {count} activation functions were to leave, there are {len(found)}"
+            )
+        if count == 0:
+            return Plan()
+        if statistics is None or not statistics.lines:
+            raise InputError("removing activation functions needs data: lines are fitted to it")
+        if self.score == "fit":
+            chosen = sorted(found, key=lambda one: statistics.lines[one.name].error)[:count]
+        else:
+            chosen = self._greedy(network, found, count, statistics)
+        order = {one.name: place for place, one in enumerate(found)}
+        edits = []
+        for one in sorted(chosen, key=lambda one: order[one.name]):
+            line = statistics.lines[one.name].line
+            slope, intercept = (tuple(t.float().tolist()) for t in (line.slope, line.intercept))
+            edits.append(Linearize(one.name, slope, intercept))
+        plan = Plan(tuple(edits))
+        return plan + self._merges(plan.apply(network)) if self.merge else plan
+
+    def _greedy(
+        self, network: Network, found: Sequence[Activation], count: int, statistics: Statistics
+    ) -> list[Activation]:
+        samples = statistics.samples or (network.example,)
+        chosen: list[Activation] = []
+        for _ in range(count):
+            rest = [one for one in found if one not in chosen]
+            lines = {one.node: (statistics.lines[one.name].line, one.dim) for one in chosen}
+            changes = {}
+            for one in rest:
+                trial = {**lines, one.node: (statistics.lines[one.name].line, one.dim)}
+                changes[one.name] = output_change(network, trial, samples)
+            chosen.append(min(rest, key=lambda one: changes[one.name]))
+        return chosen
+
+    def _merges(self, network: Network) -> Plan:
+        plan = Plan()
+        while True:
+            pair = next((p for p in neighbours(network.traced) if p.merged < p.macs), None)
+            if pair is None:
+                return plan
+            step = Plan((Merge(pair.first.weight, pair.second.weight),))
+            network, plan = step.apply(network), plan + step
+
+
+def output_change(
+    network: Network,
+    lines: Mapping[fx.Node, tuple[Line, int]],
+    samples: Sequence[Mapping[str, Tensor]],
+) -> float:
+    """How much the float outputs change with lines in place, relative to their variance over the samples."""
+    result = 0.0
+    for inputs in samples:
+        after = straightened(network.traced, lines, inputs)
+        for a, b in zip(network(inputs), after, strict=True):
+            if a.is_floating_point():
+                a, b = a.double(), b.double()
+                scale = float((a - a.mean(0)).square().sum()) or float(a.square().sum())
+                result += float((a - b).square().sum()) / max(scale, 1e-30)
+    return result

@@ -1,0 +1,178 @@
+"""Activation functions leave: lines in their place, layers that become neighbours merged."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import build
+from tinier.edits.base import Plan
+from tinier.edits.linearize import Linearize
+from tinier.edits.merge import Merge
+from tinier.errors import DataError, InputError, RefusedError
+from tinier.graph.activations import activations
+from tinier.graph.macs import macs
+from tinier.graph.neighbours import neighbours
+from tinier.methods.activation_removal import ActivationRemoval
+from tinier.network import Network
+from tinier.statistics import Statistics
+from tinier.statistics.lines import fit_lines
+
+
+def seen(network: Network, x: Tensor) -> Statistics:
+    batches = [{"input": x}]
+    return Statistics({}, len(x), samples=tuple(batches), lines=fit_lines(network, batches))
+
+
+def mlp() -> Network:
+    """The first ReLU sees positive values only, the second both signs."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
+    with torch.no_grad():
+        module[0].bias += 100
+        module[2].bias -= module[2](torch.relu(module[0](torch.zeros(4))))
+    return Network(module, {"input": torch.randn(4, 4)})
+
+
+def test_lines_equal_numpy_polyfit() -> None:
+    network = build("mlp")
+    name = network.traced.inputs[0]
+    batches = [{name: torch.randn(20, 12)}, {name: torch.randn(7, 12)}]
+    fits = fit_lines(network, batches)
+    x = torch.cat([batch[name] for batch in batches])
+    module: Any = network.module
+    with torch.no_grad():
+        before = module.fc1(x).double().numpy()
+    after = np.maximum(before, 0)
+    line = next(iter(fits.values())).line
+    for channel in range(24):
+        slope, intercept = np.polyfit(before[:, channel], after[:, channel], 1)
+        assert float(line.slope[channel]) == pytest.approx(slope, rel=1e-6, abs=1e-9)
+        assert float(line.intercept[channel]) == pytest.approx(intercept, rel=1e-6, abs=1e-9)
+
+
+def test_lines_do_not_depend_on_batches() -> None:
+    network, x = mlp(), torch.randn(30, 4)
+    whole, parts = (
+        fit_lines(network, [{"input": x}]),
+        fit_lines(network, [{"input": p} for p in x.split(7)]),
+    )
+    for name, fit in whole.items():
+        # A product of matrices in float32 rounds differently in batches of other sizes.
+        torch.testing.assert_close(fit.line.slope, parts[name].line.slope, rtol=1e-5, atol=1e-5)
+        assert fit.error == pytest.approx(parts[name].error, abs=1e-6)
+    with pytest.raises(DataError, match="no examples"):
+        fit_lines(network, [])
+
+
+@pytest.mark.parametrize("score", ["output", "fit"])
+def test_a_function_that_is_straight_on_the_data_leaves_first_and_costs_nothing(score: str) -> None:
+    network, x = mlp(), torch.randn(64, 4)
+    statistics = seen(network, x)
+    plan = ActivationRemoval(count=1, score=score, merge=False).plan(network, statistics)
+    assert [edit.row()[0] for edit in plan.edits] == ["1"]
+    straight = plan.apply(network)
+    torch.testing.assert_close(
+        straight({"input": x})[0], network({"input": x})[0], rtol=1e-3, atol=1e-3
+    )
+    assert isinstance(straight.module, nn.Sequential)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_neighbours_become_one_layer() -> None:
+    network, x = mlp(), torch.randn(64, 4)
+    plan = ActivationRemoval(count=2).plan(network, seen(network, x))
+    assert [edit.kind for edit in plan.edits] == ["linearize", "linearize", "merge", "merge"]
+    small = plan.apply(network)
+    assert sum(macs(small.traced).values()) == 4 * 3
+    lines = Plan(tuple(e for e in plan.edits if isinstance(e, Linearize))).apply(network)
+    torch.testing.assert_close(small({"input": x})[0], lines({"input": x})[0], rtol=1e-4, atol=1e-3)
+    small.module.train()
+    small.module(x).sum().backward()
+
+
+def test_layers_are_merged_only_where_that_is_cheaper() -> None:
+    torch.manual_seed(0)
+    narrow = nn.Sequential(nn.Linear(16, 2), nn.ReLU(), nn.Linear(2, 16))
+    network = Network(narrow, {"input": torch.randn(4, 16)})
+    plan = ActivationRemoval(count=1).plan(network, seen(network, torch.randn(32, 16)))
+    assert [edit.kind for edit in plan.edits] == ["linearize"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)),
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.Conv2d(8, 4, 3, stride=1)),
+        lambda: nn.Sequential(nn.Conv2d(3, 8, (1, 3), stride=(1, 2)), nn.Conv2d(8, 4, 2, stride=2)),
+        lambda: nn.Sequential(nn.Conv1d(3, 8, 5, padding=2), nn.Dropout(), nn.Conv1d(8, 4, 1, stride=3)),
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 4, bias=False)),
+    ],
+)  # fmt: skip
+def test_merging_is_exact(make: Any) -> None:
+    torch.manual_seed(0)
+    module = make().eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean = torch.randn(8)
+            part.running_var = torch.rand(8) + 0.5
+            nn.init.normal_(part.weight)
+            nn.init.normal_(part.bias)
+    kind = module[0]
+    x = (
+        torch.randn(2, 3)
+        if isinstance(kind, nn.Linear)
+        else torch.randn(2, 3, *[13] * (kind.weight.ndim - 2))
+    )
+    network = Network(module, {"input": x})
+    (pair,) = neighbours(network.traced)
+    merged = Plan((Merge(pair.first.weight, pair.second.weight),)).apply(network)
+    torch.testing.assert_close(
+        merged({"input": x})[0], network({"input": x})[0], rtol=1e-4, atol=1e-5
+    )
+    assert isinstance(merged.module, nn.Sequential) and type(merged.module[0]) is type(kind)
+    assert not list(neighbours(merged.traced))
+
+
+def test_what_cannot_be_merged_is_no_pair() -> None:
+    padded = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=1)
+    )  # zeros are not what goes on there
+    grouped = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 4, 1))
+    for module in (padded, grouped):
+        network = Network(module, {"input": torch.randn(2, module[0].in_channels, 9, 9)})  # type: ignore[arg-type]
+        assert not list(neighbours(network.traced))
+        with pytest.raises(RefusedError, match="no neighbours"):
+            Plan((Merge("0.weight", "1.weight"),)).apply(network)
+
+
+@pytest.mark.parametrize(
+    "name", ["residual_cnn", "grouped_cnn", "vit", "encoder", "causal_lm", "vae"]
+)
+def test_on_the_conformance_networks(name: str) -> None:
+    network = build(name)
+    found = activations(network.traced)
+    assert found
+    lines = fit_lines(network, [network.example])
+    statistics = Statistics({}, 2, samples=(network.example,), lines=lines)
+    plan = ActivationRemoval(count=1, score="fit").plan(network, statistics)
+    straight = plan.apply(network)  # proved inside
+    assert straight.traced.batched == network.traced.batched
+    assert len(activations(straight.traced)) == len(found) - 1
+
+
+def test_what_is_refused() -> None:
+    network = mlp()
+    with pytest.raises(InputError, match="needs data"):
+        ActivationRemoval().plan(network)
+    with pytest.raises(RefusedError, match="5 activation functions were to leave, there are 2"):
+        ActivationRemoval(count=5).plan(network, seen(network, torch.randn(8, 4)))
+    with pytest.raises(RefusedError, match="there are 1, 3"):
+        Plan((Linearize("7", (1.0,), (0.0,)),)).apply(network)
+    for wrong in ({"keep": 2.0}, {"count": -1}, {"score": "best"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            ActivationRemoval(**wrong)  # type: ignore[arg-type]
