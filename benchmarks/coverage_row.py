@@ -20,7 +20,7 @@ from tinier.edits.slice import Slice, random_inputs
 from tinier.graph.groups import Channels, channel_groups
 from tinier.graph.macs import macs
 from tinier.graph.masked import masked_outputs
-from tinier.graph.trace import call, evaluating
+from tinier.graph.trace import call, evaluating, repeatable
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.network import Network, name_inputs
 from tinier.sources.load import load
@@ -57,7 +57,9 @@ def run(name: str, answer: Path) -> None:
         _write(answer, row)
         try:
             action()
-        except Exception as error:  # whatever a model, an exporter or the engine raises is this row's result
+        except (
+            Exception
+        ) as error:  # whatever a model, an exporter or the engine raises is this row's result
             row.setdefault("failed", {})[step] = f"{type(error).__name__}: {_first(error)}"
             if step in ("build", "trace", "analyse", "prune"):
                 break
@@ -76,7 +78,9 @@ class _Row:
     def build(self) -> None:
         model, example = make(self.architecture)
         if isinstance(model, nn.Module) and example is not None:
-            self.network = Network(model, name_inputs(model, example))  # traced when first asked for
+            self.network = Network(
+                model, name_inputs(model, example)
+            )  # traced when first asked for
         else:
             self.network = load(model, example)
         self.row["parameters"] = sum(p.numel() for p in self.network.module.parameters())
@@ -117,8 +121,10 @@ class _Row:
             group = self.channels.group(edit.group)
             assert group is not None
             kept[group.atom] = torch.tensor(edit.kept)
-        wanted = masked_outputs(self.network.traced, self.channels, kept, inputs)
-        return difference(self.pruned(inputs), wanted)
+        with repeatable():
+            wanted = masked_outputs(self.network.traced, self.channels, kept, inputs)
+        with repeatable():
+            return difference(self.pruned(inputs), wanted)
 
     def compare(self) -> None:
         self.row["difference"] = self._difference(random_inputs(self.network, seed=7))
@@ -128,7 +134,7 @@ class _Row:
     def other_batch(self) -> None:
         self._other(self.architecture.batched, resized(self.network.example, FEW, {}))
         self._other(self.architecture.batched, resized(self.network.example, MORE, {}))
-        self.row["batch"] = self.architecture.batched
+        self.row["batch"] = True if self.architecture.batched else None
 
     def other_length(self) -> None:
         lengths = self.architecture.lengths
@@ -139,6 +145,7 @@ class _Row:
                 if tensor.ndim > 1 and not tensor.is_floating_point()
             }
         if not lengths:
+            self.row["length"] = None
             return
         inputs = resized(self.network.example, FEW if self.architecture.batched else 0, lengths)
         try:
@@ -161,10 +168,13 @@ class _Row:
         module.train()
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=1e-3)
-        _error(call(module, self.pruned.example)).backward()
+        loss = _error(call(module, self.pruned.example))
+        loss.backward()
         optimizer.step()
         after = _loss(module, self.pruned.example)
-        if not (torch.tensor([before, float(loss), after]).isfinite().all() and after != before):
+        if not (
+            torch.tensor([before, float(loss.detach()), after]).isfinite().all() and after != before
+        ):
             raise ValueError(f"loss {before} before and {after} after one step")
         self.row["trains"] = True
 
@@ -177,7 +187,9 @@ class _Row:
                 try:
                     write_onnx(self.network, path)
                 except Exception:
-                    raise ValueError(f"the original cannot be exported either: {_first(error)}") from error
+                    raise ValueError(
+                        f"the original cannot be exported either: {_first(error)}"
+                    ) from error
                 raise
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             self.row["onnx_difference"] = 0.0
@@ -200,9 +212,10 @@ class _Row:
             tinier.save(Smaller(self.pruned, self.network, self.plan), folder)
             model, example = make(self.architecture)
             loaded = tinier.load(folder, into=model, example=example)
-            gap = difference(
-                loaded.network(self.pruned.example), self.pruned(self.pruned.example)
-            )
+            with repeatable():
+                found = loaded.network(self.pruned.example)
+            with repeatable():
+                gap = difference(found, self.pruned(self.pruned.example))
         if gap:
             raise ValueError(f"the loaded network differs by {gap:.1e}")
         self.row["saved"] = True

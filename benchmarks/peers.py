@@ -47,9 +47,7 @@ def peer_environment(name: str, requirements: Sequence[str] = TORCH_PRUNING) -> 
     if done.is_file() and done.read_text() == wanted and python.exists():
         return python
     venv.EnvBuilder(clear=True, with_pip=False).create(folder)
-    own = Path(
-        sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-    )
+    own = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     # A .pth line beginning with "import" is run: addsitedir also reads the .pth files of what it adds, as of editable installs.
     behind = [*site.getsitepackages(), str(Path(__file__).resolve().parent)]
     lines = [f"import site; site.addsitedir({path!r})" for path in behind]
@@ -58,7 +56,9 @@ def peer_environment(name: str, requirements: Sequence[str] = TORCH_PRUNING) -> 
     command += ["--no-deps", "--quiet", "--disable-pip-version-check", *requirements]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
-        raise PeerError(f"{name}: {' '.join(requirements)} cannot be installed: {_tail(made.stderr)}")
+        raise PeerError(
+            f"{name}: {' '.join(requirements)} cannot be installed: {_tail(made.stderr)}"
+        )
     done.write_text(wanted)
     return python
 
@@ -75,8 +75,8 @@ def run_peer(
         seconds: time limit.
 
     Returns:
-        What the script answered, or ``{"error": …}`` with the last line of what it said, or that time was up; with "late" where time was up after
-        an answer, which may then not be its last.
+        What the script answered, or ``{"error": …}`` with the last line of what it said, or that time was up; with "late"
+        where time was up after an answer, which may then not be its last.
     """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "answer.json"

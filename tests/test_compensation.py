@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from networks import NETWORKS, build, inputs
 from tinier.criteria.random import Random
+from tinier.criteria.reconstruction import Reconstruction
 from tinier.edits.base import Plan
 from tinier.edits.slice import Slice
 from tinier.errors import DataError, InputError, RefusedError
@@ -21,6 +22,7 @@ from tinier.methods.channel_pruning import ChannelPruning
 from tinier.network import Network
 from tinier.recovery.compensation import _kept, compensate
 from tinier.recovery.refit import Refit
+from tinier.statistics import observe
 from tinier.statistics.sensitivity import Sensitivities, output_gradients
 from tinier.tensors.least_squares import Sums
 
@@ -277,7 +279,8 @@ def test_every_network(name: str) -> None:
     fitted = compensate(pruned, network, plan, data)
     # Closer to the original, of the same class and shapes, still trainable; the user's networks as they were.
     assert output_error(fitted, network, data) < 0.95 * output_error(pruned, network, data)
-    assert type(fitted.module) is type(pruned.module)
+    graphs = [isinstance(n.module, torch.fx.GraphModule) for n in (fitted, pruned)]
+    assert all(graphs) or type(fitted.module) is type(pruned.module)
     shapes = [{k: v.shape for k, v in n.module.state_dict().items()} for n in (fitted, pruned)]
     assert shapes[0] == shapes[1]
     for state, module in zip(before, (network.module, pruned.module), strict=True):
@@ -428,3 +431,48 @@ def test_bad_input() -> None:
     other = build("residual_cnn")
     with pytest.raises(InputError, match="the plan slices"):
         compensate(pruned, other, plan, batches("residual_cnn"))
+
+
+# The criterion that goes with it
+
+
+def reconstruction(network: Network, data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    criterion = Reconstruction(ridge=1e-9)
+    statistics = observe(network, data, criterion.needs)
+    return criterion.scores(network, channel_groups(network.traced).groups, statistics)
+
+
+def test_channels_that_others_stand_in_for_score_nothing() -> None:
+    network, _ = two_layers([0, 1, 2])
+    data = [{"input": torch.randn(200, 5, generator=seeded(1))}]
+    (scores,) = reconstruction(network, data).values()
+    ordered = scores.sort().values
+    assert float(ordered[2]) < 1e-6 * float(ordered[3])  # three of six, of rank three
+
+
+def test_the_last_score_is_the_change_of_the_outputs() -> None:
+    """One hidden channel alone: taking it out leaves the bias, so that the error is the variance that it made."""
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+    with torch.no_grad():
+        module[0].weight.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+        module[1].weight.copy_(torch.randn(4, 2, generator=seeded()))
+    x = torch.randn(4000, 3, generator=seeded(1))
+    network = Network(module, {"input": x[:2]})
+    (scores,) = reconstruction(network, [{"input": x}]).values()
+    # Independent inputs: each channel's own effect on the centred outputs, in units of their variance.
+    weight = module[1].weight.detach()
+    effect = (weight - weight.mean(0)).square() * x[:, :2].var(0)
+    wanted = effect.mean(0) * 4
+    outputs = module(x).detach().var()
+    # The output factor is diagonal and centring takes a quarter of each output: exact up to that, in order and size.
+    found = scores * float(outputs)
+    assert found.argsort().tolist() == wanted.argsort().tolist()
+    assert bool((found / wanted > 0.5).all()) and bool((found / wanted < 2.0).all())
+
+
+def test_reconstruction_needs_data() -> None:
+    network = build("mlp")
+    with pytest.raises(InputError, match="needs data"):
+        Reconstruction().scores(network, channel_groups(network.traced).groups)
+    with pytest.raises(InputError, match="ridge"):
+        Reconstruction(ridge=0)

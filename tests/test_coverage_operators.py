@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinier.edits.base import Plan
-from tinier.edits.slice import Slice, prove
+from tinier.edits.slice import Slice, prove, random_inputs
 from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.network import Network
 
@@ -18,7 +18,9 @@ BATCH, LENGTH, WIDTH = 2, 6, 8
 def halved(network: Network) -> tuple[Channels, Plan]:
     """Every group cut to half its channels, the odd ones, so that no prefix is right by luck."""
     channels = channel_groups(network.traced)
-    edits = [Slice.of(group, range(1, group.size, 2)) for group in channels.groups if group.size > 1]
+    edits = [
+        Slice.of(group, range(1, group.size, 2)) for group in channels.groups if group.size > 1
+    ]
     return channels, Plan(tuple(edits))
 
 
@@ -77,3 +79,152 @@ def test_two_open_sizes() -> None:
     pruned = check(FoldedHeads(), {"ids": ids}, "value.weight")
     longer = torch.randint(12, (BATCH + 1, LENGTH + 2))
     assert pruned({"ids": longer})[0].shape == (BATCH + 1, LENGTH + 2, 3)
+
+
+class Losses(nn.Module):
+    """A network that returns losses between its hidden states, as codebooks do."""
+
+    def __init__(self, loss: str, reduction: str) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, WIDTH), nn.Linear(5, WIDTH)
+        self.out = nn.Linear(WIDTH, 3)
+        self.loss, self.reduction = getattr(F, loss), reduction
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = torch.sigmoid(self.left(x)), torch.sigmoid(self.right(x))
+        loss = self.loss(left, right, reduction=self.reduction)
+        left, right = torch.broadcast_tensors(left, right[:, :1])
+        return self.out(left + right), loss.sum(0) if loss.ndim == 3 else loss
+
+
+LOSSES = ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy"]
+LOSSES += ["binary_cross_entropy_with_logits"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "reduction"),
+    [("kl_div", "sum"), *((loss, how) for loss in LOSSES for how in ("mean", "sum"))],
+)
+def test_losses(loss: str, reduction: str) -> None:
+    torch.manual_seed(0)
+    check(Losses(loss, reduction), {"x": torch.randn(BATCH, 4, 5)}, "left.weight")
+
+
+class OfType(nn.Module):
+    """A table that takes its type from activations of another batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(1, 4, WIDTH))
+        self.inner, self.out = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return self.out(y + self.place.type_as(y))
+
+
+def test_type_as_passes_the_first_operand_alone() -> None:
+    torch.manual_seed(0)
+    check(OfType(), {"x": torch.randn(BATCH, 4, 5)}, "place")
+
+
+class Norms(nn.Module):
+    def __init__(self, order: float | None) -> None:
+        super().__init__()
+        self.order = order
+        self.inner, self.out = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return self.out(y / torch.linalg.norm(y, self.order, dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("order", [None, 1.0, 3.0, float("inf")])
+def test_norms(order: float | None) -> None:
+    torch.manual_seed(0)
+    check(Norms(order), {"x": torch.randn(BATCH, 4, 5)}, "inner.weight")
+
+
+def test_a_norm_of_negative_order_sees_zeros() -> None:
+    assert "linalg_norm" in reasons(Norms(-1.0), {"x": torch.randn(BATCH, 4, 5)})
+
+
+class Sampled(nn.Module):
+    """Draws noise while it runs: inside (``like``), or of a shape that no channel decides."""
+
+    def __init__(self, like: bool) -> None:
+        super().__init__()
+        self.like = like
+        self.mean, self.inner = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.out = nn.Linear(2 * WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.mean(x)
+        noise = torch.randn_like(mean) if self.like else torch.rand(4, 1)
+        return self.out(torch.relu(self.inner(mean + noise)))
+
+
+@pytest.mark.parametrize("like", [False, True])
+def test_random_operators(like: bool) -> None:
+    """What noise is drawn for stays whole, everything else is cut, and both sides of the proof draw the same."""
+    torch.manual_seed(0)
+    example = {"x": torch.randn(BATCH, 4, 5)}
+    network = Network(Sampled(like).eval(), example)
+    _, plan = halved(network)
+    pruned = plan.apply(network)
+    assert prove(network, pruned, plan) <= 1e-5
+    assert pruned.traced.module.get_parameter("inner.weight").shape[0] == WIDTH
+    assert pruned.traced.module.get_parameter("mean.weight").shape[0] == (
+        WIDTH if like else WIDTH // 2
+    )
+
+
+class ChannelAttention(nn.Module):
+    """Attention whose keys are channels (DaViT, XCiT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(5, WIDTH), nn.Linear(5, WIDTH)
+        self.value, self.out = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+
+def test_attention_over_channels() -> None:
+    torch.manual_seed(0)
+    check(ChannelAttention(), {"x": torch.randn(BATCH, 6, 5)}, "key.weight")
+
+
+class Deformable(nn.Module):
+    """Samples each head's channels at places of its own: heads folded into the batch of image and grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.place = nn.Conv2d(3, 16, 1), nn.Linear(5, 4 * 2)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, image: Tensor, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        value = self.value(image).reshape(batch * 4, 4, *image.shape[2:])
+        grid = torch.tanh(self.place(x)).view(batch, length, 4, 2).transpose(1, 2)
+        grid = grid.reshape(batch * 4, length, 1, 2)
+        y = F.grid_sample(value, grid, align_corners=False)
+        return self.out(y.view(batch, 16, length).transpose(1, 2))
+
+
+def test_grids_have_the_batch_of_their_images() -> None:
+    torch.manual_seed(0)
+    example = {"image": torch.randn(BATCH, 3, 8, 8), "x": torch.randn(BATCH, 6, 5)}
+    pruned = check(Deformable(), example, "place.weight")
+    assert pruned.traced.module.get_parameter("place.weight").shape == (4, 5)
+
+
+def test_placeholders_stay_in_random_inputs() -> None:
+    """Tokens that are the same in every row keep their places, the others are drawn."""
+    ids = torch.tensor([[1, 9, 9, 4, 5, 6, 7], [1, 9, 9, 6, 7, 8, 3]])
+    found = random_inputs(Network(FoldedHeads(), {"ids": ids}), seed=0)["ids"]
+    assert found[:, :3].tolist() == [[1, 9, 9]] * 3
+    assert set(found[:, 3:].flatten().tolist()) <= {3, 4, 5, 6, 7, 8}
+    assert len(found[:, 3:].unique(dim=0)) == 3

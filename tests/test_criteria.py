@@ -128,8 +128,12 @@ def test_conformance(kind: str, name: str) -> None:
         assert torch.equal(value, before[key])
 
 
+# In greedy ones the second of two equal channels counts more: the first could go because of it.
+GREEDY = {"obs_greedy", "reconstruction"}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"random", "obs_greedy", "function"}))
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"random", "function"} - GREEDY))
 def test_equal_channels_score_equally(kind: str, name: str) -> None:
     _, groups = prepared(name)
     found = scores(kind, name)

@@ -159,44 +159,204 @@ QKV: Parts = {name: lin(6, 8) for name in "qkv"} | {"out": lin(8, 4)}
 # Name → parts, function, shape without the batch, (kind, size) of each group.
 CASES: dict[str, tuple[Parts, Callable[[Any, Tensor], Any], tuple[int, ...], list[tuple[str, int]]]]
 CASES = {
-    "einsum_ellipsis": ({"a": lin(6, 8), "w": rand(8, 4)}, lambda m, x: torch.einsum("...i,io->...o", m.a(x), m.w), (3, 6), [("neuron", 8)]),
-    "einsum_implicit": ({"a": lin(6, 8), "w": rand(8, 4)}, lambda m, x: torch.einsum("bi,io", m.a(x), m.w), (6,), [("neuron", 8)]),
-    "einsum_attention": (QKV, einsum_attention, (5, 6), [("head", 4), ("head_dim", 2), ("head_dim", 2)]),
-    "relative_bias": (QKV | {"table": rand(4, 5)}, relative_bias, (5, 6), [("head", 4), ("head_dim", 2), ("head_dim", 2)]),
+    "einsum_ellipsis": (
+        {"a": lin(6, 8), "w": rand(8, 4)},
+        lambda m, x: torch.einsum("...i,io->...o", m.a(x), m.w),
+        (3, 6),
+        [("neuron", 8)],
+    ),
+    "einsum_implicit": (
+        {"a": lin(6, 8), "w": rand(8, 4)},
+        lambda m, x: torch.einsum("bi,io", m.a(x), m.w),
+        (6,),
+        [("neuron", 8)],
+    ),
+    "einsum_attention": (
+        QKV,
+        einsum_attention,
+        (5, 6),
+        [("head", 4), ("head_dim", 2), ("head_dim", 2)],
+    ),
+    "relative_bias": (
+        QKV | {"table": rand(4, 5)},
+        relative_bias,
+        (5, 6),
+        [("head", 4), ("head_dim", 2), ("head_dim", 2)],
+    ),
     "interleaved_rotary": (AB, interleaved, (5, 6), [("neuron", 4)]),
     "complex_rotary": (AB, complex_rotary, (5, 6), [("neuron", 4)]),
-    "weight_norm": ({"a": lambda: weight_norm(nn.Linear(6, 8)), "b": lambda: weight_norm(nn.Linear(8, 4))}, between(F.relu), (6,), [("neuron", 8)]),
-    "weight_norm_by_hooks": ({"a": lambda: nn.Conv2d(3, 8, 3), "v": rand(8, 8, 3), "g": rand(8, 1, 1), "b": lin(8, 4)}, lambda m, x: m.b(F.conv1d(m.a(x).flatten(2), torch._weight_norm(m.v, m.g, 0)).mean(-1)), (3, 5, 5), [("channel", 8), ("channel", 8)]),
-    "spectral_norm": ({"a": lambda: spectral_norm(nn.Linear(6, 8)), "b": lambda: spectral_norm(nn.Linear(8, 4))}, between(F.relu), (6,), [("neuron", 8)]),
-    "glu": ({"a": lin(6, 16), "b": lin(8, 4)}, between(lambda y: F.glu(y, -1)), (6,), [("neuron", 8)]),
-    "running_sum": (AB, between(lambda y: torch.cumsum(y, -1) + torch.logcumsumexp(y, -1)), (6,), [("neuron", 8)]),
-    "reductions": (AB, lambda m, x: m.b(m.a(x)) * (m.a(x).std(-1, keepdim=True) + m.a(x).amax(-1, keepdim=True) + m.a(x).prod(-1, keepdim=True) + (m.a(x) > 0).any(-1, keepdim=True) + m.a(x).max(-1, keepdim=True).values), (6,), [("normalised", 8)]),
+    "weight_norm": (
+        {"a": lambda: weight_norm(nn.Linear(6, 8)), "b": lambda: weight_norm(nn.Linear(8, 4))},
+        between(F.relu),
+        (6,),
+        [("neuron", 8)],
+    ),
+    "weight_norm_by_hooks": (
+        {"a": lambda: nn.Conv2d(3, 8, 3), "v": rand(8, 8, 3), "g": rand(8, 1, 1), "b": lin(8, 4)},
+        lambda m, x: m.b(F.conv1d(m.a(x).flatten(2), torch._weight_norm(m.v, m.g, 0)).mean(-1)),
+        (3, 5, 5),
+        [("channel", 8), ("channel", 8)],
+    ),
+    "spectral_norm": (
+        {"a": lambda: spectral_norm(nn.Linear(6, 8)), "b": lambda: spectral_norm(nn.Linear(8, 4))},
+        between(F.relu),
+        (6,),
+        [("neuron", 8)],
+    ),
+    "glu": (
+        {"a": lin(6, 16), "b": lin(8, 4)},
+        between(lambda y: F.glu(y, -1)),
+        (6,),
+        [("neuron", 8)],
+    ),
+    "running_sum": (
+        AB,
+        between(lambda y: torch.cumsum(y, -1) + torch.logcumsumexp(y, -1)),
+        (6,),
+        [("neuron", 8)],
+    ),
+    "reductions": (
+        AB,
+        lambda m, x: (
+            m.b(m.a(x))
+            * (
+                m.a(x).std(-1, keepdim=True)
+                + m.a(x).amax(-1, keepdim=True)
+                + m.a(x).prod(-1, keepdim=True)
+                + (m.a(x) > 0).any(-1, keepdim=True)
+                + m.a(x).max(-1, keepdim=True).values
+            )
+        ),
+        (6,),
+        [("normalised", 8)],
+    ),
     "roll_and_flip": (AB, between(lambda y: torch.roll(y, 1, 1).flip(1)), (5, 6), [("neuron", 8)]),
     "fft": (AB, between(lambda y: torch.fft.rfft(y, dim=1).real), (5, 6), [("neuron", 8)]),
     "fourier_mixing": (AB, between(lambda y: torch.fft.fft2(y).real), (5, 6), []),
     "unfold": (AB, between(lambda y: y.unfold(1, 3, 1).mean(-1)), (5, 6), [("neuron", 8)]),
-    "pad_and_crop": (AB, between(lambda y: F.pad(F.pad(y, (2, 1)), (-2, -1))), (6,), [("neuron", 8)]),
-    "crop": ({"a": lin(6, 12), "b": lin(8, 4)}, between(lambda y: F.pad(y, (-1, -3))), (6,), [("neuron", 8), ("neuron", 3)]),
-    "bilinear": ({"a": lin(6, 8), "c": lin(6, 5), "w": lambda: nn.Bilinear(8, 5, 4)}, lambda m, x: m.w(m.a(x), m.c(x)), (6,), [("neuron", 8), ("neuron", 5)]),
-    "distances": ({"a": lin(6, 8), "w": rand(4, 8)}, lambda m, x: torch.cdist(m.a(x), m.w), (5, 6), [("neuron", 8)]),
-    "cosine": ({"a": lin(6, 8), "c": lin(6, 8)}, lambda m, x: F.cosine_similarity(m.a(x), m.c(x), -1), (6,), [("neuron", 8)]),
-    "cross": ({"a": lin(6, 8), "b": lin(8, 4)}, lambda m, x: m.b(torch.linalg.cross(m.a(x), m.a(x) + 1, dim=1)), (3, 6), [("neuron", 8)]),
-    "diagonal": ({"a": lin(6, 8), "b": lin(8, 4)}, lambda m, x: m.b(torch.diagonal(m.a(x)[:, :, None] * m.a(x)[:, None], dim1=1, dim2=2)), (6,), [("neuron", 8)]),
+    "pad_and_crop": (
+        AB,
+        between(lambda y: F.pad(F.pad(y, (2, 1)), (-2, -1))),
+        (6,),
+        [("neuron", 8)],
+    ),
+    "crop": (
+        {"a": lin(6, 12), "b": lin(8, 4)},
+        between(lambda y: F.pad(y, (-1, -3))),
+        (6,),
+        [("neuron", 8), ("neuron", 3)],
+    ),
+    "bilinear": (
+        {"a": lin(6, 8), "c": lin(6, 5), "w": lambda: nn.Bilinear(8, 5, 4)},
+        lambda m, x: m.w(m.a(x), m.c(x)),
+        (6,),
+        [("neuron", 8), ("neuron", 5)],
+    ),
+    "distances": (
+        {"a": lin(6, 8), "w": rand(4, 8)},
+        lambda m, x: torch.cdist(m.a(x), m.w),
+        (5, 6),
+        [("neuron", 8)],
+    ),
+    "cosine": (
+        {"a": lin(6, 8), "c": lin(6, 8)},
+        lambda m, x: F.cosine_similarity(m.a(x), m.c(x), -1),
+        (6,),
+        [("neuron", 8)],
+    ),
+    "cross": (
+        {"a": lin(6, 8), "b": lin(8, 4)},
+        lambda m, x: m.b(torch.linalg.cross(m.a(x), m.a(x) + 1, dim=1)),
+        (3, 6),
+        [("neuron", 8)],
+    ),
+    "diagonal": (
+        {"a": lin(6, 8), "b": lin(8, 4)},
+        lambda m, x: m.b(torch.diagonal(m.a(x)[:, :, None] * m.a(x)[:, None], dim1=1, dim2=2)),
+        (6,),
+        [("neuron", 8)],
+    ),
     "scatter_and_gather": (AB, scattered, (5, 6), [("neuron", 8)]),
     "index_put": (AB | {"c": lin(6, 8)}, put, (5, 6), [("neuron", 8)]),
-    "prelu": (AB | {"p": lambda: nn.PReLU(8)}, lambda m, x: m.b(m.p(m.a(x))), (6,), [("neuron", 8)]),
-    "instance_norm": ({"a": conv(3, 8), "n": lambda: nn.InstanceNorm2d(8, affine=True), "b": lin(8, 4)}, lambda m, x: m.b(F.relu(m.n(m.a(x))).mean((2, 3))), (3, 4, 4), [("channel", 8)]),
-    "native_group_norm": ({"a": conv(3, 8), "w": rand(8), "b": lin(8, 4)}, lambda m, x: m.b(F.relu(torch.native_group_norm(m.a(x), m.w, None, x.shape[0], 8, 16, 2, 1e-5)[0]).mean((2, 3))), (3, 4, 4), [("channel", 2), ("normalised", 4)]),
-    "same_padding": ({"a": conv(3, 8, padding="same"), "b": lin(8, 4)}, filters(F.relu), (3, 4, 4), [("channel", 8)]),
-    "grouped_convolutions": ({"a": conv(3, 8), "c": conv(8, 12, groups=2), "d": lambda: nn.ConvTranspose2d(12, 8, 2, 2, groups=2), "b": lin(8, 4)}, lambda m, x: m.b(m.d(F.relu(m.c(F.relu(m.a(x))))).mean((2, 3))), (3, 4, 4), [("channel", 2), ("channel", 4), ("channel", 6), ("channel", 4)]),
-    "shuffle": ({"a": conv(3, 8), "b": lin(8, 4)}, filters(lambda y: F.channel_shuffle(y, 2)), (3, 4, 4), [("channel", 2), ("channel", 4)]),
-    "pixel_shuffle": ({"a": conv(3, 12), "c": conv(3, 8), "b": lin(8, 4)}, lambda m, x: m.b(m.c(F.pixel_shuffle(m.a(x), 2)).mean((2, 3))), (3, 4, 4), [("channel", 3), ("channel", 8)]),
-    "patches": ({"a": conv(3, 8), "w": rand(4, 72)}, lambda m, x: m.w @ F.unfold(m.a(x), 3), (3, 5, 5), [("channel", 8)]),
-    "fold": ({"a": conv(3, 8), "c": lambda: nn.Conv1d(72, 72, 1), "b": lin(8, 4)}, lambda m, x: m.b(F.fold(m.c(F.unfold(m.a(x), 3, padding=1)), (4, 4), 3, padding=1).mean((2, 3))), (3, 4, 4), [("channel", 8), ("channel", 8)]),
+    "prelu": (
+        AB | {"p": lambda: nn.PReLU(8)},
+        lambda m, x: m.b(m.p(m.a(x))),
+        (6,),
+        [("neuron", 8)],
+    ),
+    "instance_norm": (
+        {"a": conv(3, 8), "n": lambda: nn.InstanceNorm2d(8, affine=True), "b": lin(8, 4)},
+        lambda m, x: m.b(F.relu(m.n(m.a(x))).mean((2, 3))),
+        (3, 4, 4),
+        [("channel", 8)],
+    ),
+    "native_group_norm": (
+        {"a": conv(3, 8), "w": rand(8), "b": lin(8, 4)},
+        lambda m, x: m.b(
+            F.relu(torch.native_group_norm(m.a(x), m.w, None, x.shape[0], 8, 16, 2, 1e-5)[0]).mean(
+                (2, 3)
+            )
+        ),
+        (3, 4, 4),
+        [("channel", 2), ("normalised", 4)],
+    ),
+    "same_padding": (
+        {"a": conv(3, 8, padding="same"), "b": lin(8, 4)},
+        filters(F.relu),
+        (3, 4, 4),
+        [("channel", 8)],
+    ),
+    "grouped_convolutions": (
+        {
+            "a": conv(3, 8),
+            "c": conv(8, 12, groups=2),
+            "d": lambda: nn.ConvTranspose2d(12, 8, 2, 2, groups=2),
+            "b": lin(8, 4),
+        },
+        lambda m, x: m.b(m.d(F.relu(m.c(F.relu(m.a(x))))).mean((2, 3))),
+        (3, 4, 4),
+        [("channel", 2), ("channel", 4), ("channel", 6), ("channel", 4)],
+    ),
+    "shuffle": (
+        {"a": conv(3, 8), "b": lin(8, 4)},
+        filters(lambda y: F.channel_shuffle(y, 2)),
+        (3, 4, 4),
+        [("channel", 2), ("channel", 4)],
+    ),
+    "pixel_shuffle": (
+        {"a": conv(3, 12), "c": conv(3, 8), "b": lin(8, 4)},
+        lambda m, x: m.b(m.c(F.pixel_shuffle(m.a(x), 2)).mean((2, 3))),
+        (3, 4, 4),
+        [("channel", 3), ("channel", 8)],
+    ),
+    "patches": (
+        {"a": conv(3, 8), "w": rand(4, 72)},
+        lambda m, x: m.w @ F.unfold(m.a(x), 3),
+        (3, 5, 5),
+        [("channel", 8)],
+    ),
+    "fold": (
+        {"a": conv(3, 8), "c": lambda: nn.Conv1d(72, 72, 1), "b": lin(8, 4)},
+        lambda m, x: m.b(
+            F.fold(m.c(F.unfold(m.a(x), 3, padding=1)), (4, 4), 3, padding=1).mean((2, 3))
+        ),
+        (3, 4, 4),
+        [("channel", 8), ("channel", 8)],
+    ),
     "features_in_place_of_tokens": (AB | {"c": lin(6, 8)}, image_tokens, (5, 6), [("neuron", 8)]),
-    "experts": (EXPERTS, experts, (6,), [("neuron", 8), ("expert", 6), ("neuron", 10), ("neuron", 8)]),
-    "experts_by_one_hot": (EXPERTS, experts_by_one_hot, (6,), [("neuron", 8), ("neuron", 6), ("neuron", 10), ("neuron", 8)]),
-}  # fmt: skip
+    "experts": (
+        EXPERTS,
+        experts,
+        (6,),
+        [("neuron", 8), ("expert", 6), ("neuron", 10), ("neuron", 8)],
+    ),
+    "experts_by_one_hot": (
+        EXPERTS,
+        experts_by_one_hot,
+        (6,),
+        [("neuron", 8), ("neuron", 6), ("neuron", 10), ("neuron", 8)],
+    ),
+}
 
 
 def chosen(channels: Channels, seed: int) -> dict[Atom, Tensor]:
@@ -387,17 +547,29 @@ def test_experts_of_transformers_leave_and_the_class_stays() -> None:
 
 # What holds the group of eight, and why: function of a and b, operator and part of the reason.
 PINNED: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
-    "unknown": (lambda y: torch.linalg.matrix_exp(y[:, :, None] * torch.ones(8))[..., 0], "linalg_matrix_exp", "no propagation rule"),
-    "as_strided": (lambda y: torch.as_strided(y, (2, 8), (8, 1)), "as_strided", "no propagation rule"),
+    "unknown": (
+        lambda y: torch.linalg.matrix_exp(y[:, :, None] * torch.ones(8))[..., 0],
+        "linalg_matrix_exp",
+        "no propagation rule",
+    ),
+    "as_strided": (
+        lambda y: torch.as_strided(y, (2, 8), (8, 1)),
+        "as_strided",
+        "no propagation rule",
+    ),
     "sort": (lambda y: y.sort(-1).values, "sort", "positions"),
     "argmax_as_number": (lambda y: y * y.argmax(-1, keepdim=True), "mul", "as numbers"),
     "median": (lambda y: y - y.median(-1, keepdim=True).values, "median", "positions"),
-    "topk_times_position": (lambda y: y * (y.topk(2).indices.sum(-1, keepdim=True)), "sum", "as numbers"),
+    "topk_times_position": (
+        lambda y: y * (y.topk(2).indices.sum(-1, keepdim=True)),
+        "sum",
+        "as numbers",
+    ),
     "position": (lambda y: y * torch.arange(8), "mul", "as numbers"),
     "matrix": (lambda y: y @ torch.tril(torch.ones(8, 8)), "tril", "position"),
     "transform": (lambda y: torch.fft.fft(y).real, "fft_fft", "mixes"),
     "windows": (lambda y: F.pad(y.unfold(-1, 3, 1).mean(-1), (1, 1)), "unfold", "windows"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PINNED)
@@ -414,3 +586,23 @@ def test_a_mask_chosen_by_data_pins_only_what_it_runs_over() -> None:
     module = Net(AB, lambda m, x: m.b(m.a(x))[x[..., 0] > 0].sum())
     network = Network(module.eval(), {"x": torch.randn(2, 5, 6)}, "masked")
     assert [g.size for g in channel_groups(network.traced).groups] == [8, 4]
+
+
+def fused(m: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values of one projection, by a dimension of three."""
+    q, k, v = m.qkv(x).view(-1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+def test_values_of_a_fused_projection_have_a_width_of_their_own() -> None:
+    network = build({"qkv": lin(6, 24), "out": lin(8, 4)}, fused, 5, 6)
+    channels = channel_groups(network.traced)
+    widths = of_kind(channels, "head_dim")
+    assert [group.size for group in widths] == [4, 4]
+    pruned = Slice.apply_all([Slice.of(widths[0], [0, 3]), Slice.of(widths[1], [1, 2, 3])], network)
+    weight: Any = pruned.module.get_parameter("qkv.weight")
+    assert weight.shape == (2 * (2 + 2 + 3), 6)  # two heads of queries, keys and values
+    with torch.no_grad():
+        x = torch.randn(7, 5, 6)
+        original: Any = network.module
+        assert torch.equal(call(network.traced.module, {"x": x})[0], original(x))

@@ -354,15 +354,15 @@ class TestFamily:
         }  # fmt: skip
 
     @pytest.mark.parametrize("name", NETWORKS)
-    @pytest.mark.parametrize("kind", [L1, GroupLasso, Slimming])
-    def test_every_network_or_a_reason(self, name: str, kind: type[L1]) -> None:
+    def test_every_network_or_a_reason(self, name: str) -> None:
         network = built(name)
-        try:
-            loss = kind(1e-3).on(network, parameters(network)).loss(0.5)
-        except RefusedError as error:
-            assert network.name in str(error)
-            return
-        assert loss is not None and loss.item() > 0
+        for kind in (L1, GroupLasso, Slimming):
+            try:
+                loss = kind(1e-3).on(network, parameters(network)).loss(0.5)
+            except RefusedError as error:
+                assert network.name in str(error)
+                continue
+            assert loss is not None and loss.item() > 0
 
     @pytest.mark.parametrize(
         ("make", "message"),

@@ -69,7 +69,9 @@ def stir(model: nn.Module, seed: int = SEED) -> None:
                 if bool((parameter == 0).all()):
                     parameter.add_(noise * (0.1 if parameter.ndim > 1 else 0.02))
                 else:
-                    parameter.mul_(1 + 0.4 * (torch.rand(parameter.shape, generator=generator) - 0.5))
+                    parameter.mul_(
+                        1 + 0.4 * (torch.rand(parameter.shape, generator=generator) - 0.5)
+                    )
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))

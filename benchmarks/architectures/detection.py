@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from architectures.base import BATCH, Architecture, images
 from torch import Tensor, nn
+
+from architectures.base import BATCH, Architecture, images
 
 CLASSES = 5
 
@@ -58,7 +59,9 @@ def _fcn() -> nn.Module:
 def _lraspp() -> nn.Module:
     segmentation = torchvision("models.segmentation")
     return Segmentation(
-        segmentation.lraspp.LRASPP(_features({"layer2": "low", "layer4": "high"}), 128, 64, CLASSES, 32)
+        segmentation.lraspp.LRASPP(
+            _features({"layer2": "low", "layer4": "high"}), 128, 64, CLASSES, 32
+        )
     )
 
 
@@ -76,7 +79,9 @@ class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.down = nn.ModuleList([Double(3, 16), Double(16, 32), Double(32, 64)])
-        self.up = nn.ModuleList([nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)])
+        self.up = nn.ModuleList(
+            [nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)]
+        )
         self.join = nn.ModuleList([Double(64, 32), Double(32, 16)])
         self.head = nn.Conv2d(16, CLASSES, 1)
 
@@ -100,12 +105,18 @@ class AttentionUNet(nn.Module):
         super().__init__()
         self.one, self.two = Double(3, 16), Double(16, 32)
         self.up = nn.Conv2d(32, 16, 3, 1, 1)
-        self.skip, self.gate, self.score = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 1, 1)
+        self.skip, self.gate, self.score = (
+            nn.Conv2d(16, 8, 1),
+            nn.Conv2d(16, 8, 1),
+            nn.Conv2d(8, 1, 1),
+        )
         self.join, self.head = Double(32, 16), nn.Conv2d(16, CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         skip = self.one(x)
-        y = self.up(F.interpolate(self.two(F.max_pool2d(skip, 2)), scale_factor=2.0, mode="bilinear"))
+        y = self.up(
+            F.interpolate(self.two(F.max_pool2d(skip, 2)), scale_factor=2.0, mode="bilinear")
+        )
         weights = torch.sigmoid(self.score(F.relu(self.skip(skip) + self.gate(y))))
         return self.head(self.join(torch.cat([skip * weights, y], 1)))
 
@@ -138,7 +149,10 @@ class RegionHeads(nn.Module):
         super().__init__()
         self.proposals = torchvision("models.detection.rpn").RPNHead(32, 3)
         faster = torchvision("models.detection.faster_rcnn")
-        self.box, self.predict = faster.TwoMLPHead(32 * 16, 48), faster.FastRCNNPredictor(48, CLASSES)
+        self.box, self.predict = (
+            faster.TwoMLPHead(32 * 16, 48),
+            faster.FastRCNNPredictor(48, CLASSES),
+        )
 
     def forward(self, levels: list[Tensor]) -> dict[str, Tensor]:
         scores, boxes = self.proposals(levels)
@@ -157,7 +171,9 @@ class SSDLite(nn.Module):
         super().__init__()
         mobile = _models().mobilenetv2
         self.first = mobile.MobileNetV2(width_mult=0.35).features[:14]
-        self.extra = nn.ModuleList([mobile.InvertedResidual(32, 48, 2, 4), mobile.InvertedResidual(48, 48, 2, 4)])
+        self.extra = nn.ModuleList(
+            [mobile.InvertedResidual(32, 48, 2, 4), mobile.InvertedResidual(48, 48, 2, 4)]
+        )
         lite = torchvision("models.detection.ssdlite")
         self.head = lite.SSDLiteHead([32, 48, 48], [3, 3, 3], CLASSES, nn.BatchNorm2d)
 
@@ -177,22 +193,34 @@ class SSD(nn.Module):
             nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)
         )  # fmt: skip
         self.scale = nn.Parameter(torch.full((32,), 20.0))
-        self.second = nn.Sequential(nn.Conv2d(32, 48, 3, 2, 1), nn.ReLU(), nn.Conv2d(48, 32, 1), nn.ReLU())
+        self.second = nn.Sequential(
+            nn.Conv2d(32, 48, 3, 2, 1), nn.ReLU(), nn.Conv2d(48, 32, 1), nn.ReLU()
+        )
         self.classes = nn.ModuleList(nn.Conv2d(32, 3 * CLASSES, 3, 1, 1) for _ in range(2))
         self.boxes = nn.ModuleList(nn.Conv2d(32, 12, 3, 1, 1) for _ in range(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first = self.first(x)
         levels = [self.scale.view(1, -1, 1, 1) * F.normalize(first), self.second(first)]
-        classes = [head(y).permute(0, 2, 3, 1).flatten(1) for head, y in zip(self.classes, levels, strict=True)]
-        boxes = [head(y).permute(0, 2, 3, 1).flatten(1) for head, y in zip(self.boxes, levels, strict=True)]
-        return torch.cat(classes, 1).view(x.shape[0], -1, CLASSES), torch.cat(boxes, 1).view(x.shape[0], -1, 4)
+        classes = [
+            head(y).permute(0, 2, 3, 1).flatten(1)
+            for head, y in zip(self.classes, levels, strict=True)
+        ]
+        boxes = [
+            head(y).permute(0, 2, 3, 1).flatten(1)
+            for head, y in zip(self.boxes, levels, strict=True)
+        ]
+        return torch.cat(classes, 1).view(x.shape[0], -1, CLASSES), torch.cat(boxes, 1).view(
+            x.shape[0], -1, 4
+        )
 
 
 class ConvNorm(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__(
-            nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False), nn.BatchNorm2d(outputs), nn.SiLU(True)
+            nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.SiLU(True),
         )
 
 
@@ -205,7 +233,8 @@ class C2f(nn.Module):
         self.into = ConvNorm(inputs, outputs)
         self.out = ConvNorm((2 + blocks) * self.half, outputs)
         self.blocks = nn.ModuleList(
-            nn.Sequential(ConvNorm(self.half, self.half, 3), ConvNorm(self.half, self.half, 3)) for _ in range(blocks)
+            nn.Sequential(ConvNorm(self.half, self.half, 3), ConvNorm(self.half, self.half, 3))
+            for _ in range(blocks)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,7 +251,11 @@ class C3(nn.Module):
     def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
         super().__init__()
         half = outputs // 2
-        self.left, self.right, self.out = ConvNorm(inputs, half), ConvNorm(inputs, half), ConvNorm(outputs, outputs)
+        self.left, self.right, self.out = (
+            ConvNorm(inputs, half),
+            ConvNorm(inputs, half),
+            ConvNorm(outputs, outputs),
+        )
         self.blocks = nn.ModuleList(
             nn.Sequential(ConvNorm(half, half), ConvNorm(half, half, 3)) for _ in range(blocks)
         )
@@ -261,12 +294,15 @@ class YOLO(nn.Module):
         self.up = C2f(96, 32, 1, False)
         self.down, self.join = ConvNorm(32, 32, 3, 2), C2f(96, 64, 1, False)
         self.boxes = nn.ModuleList(
-            nn.Sequential(ConvNorm(width, 16, 3), nn.Conv2d(16, 4 * self.BINS, 1)) for width in (32, 64)
+            nn.Sequential(ConvNorm(width, 16, 3), nn.Conv2d(16, 4 * self.BINS, 1))
+            for width in (32, 64)
         )
         self.classes = nn.ModuleList(
             nn.Sequential(ConvNorm(width, 16, 3), nn.Conv2d(16, CLASSES, 1)) for width in (32, 64)
         )
-        self.register_buffer("bins", torch.arange(self.BINS, dtype=torch.float32).view(1, self.BINS, 1, 1))
+        self.register_buffer(
+            "bins", torch.arange(self.BINS, dtype=torch.float32).view(1, self.BINS, 1, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         middle = self.middle(self.stem(x))
@@ -290,7 +326,9 @@ class YOLOv5(nn.Module):
         self.stem = nn.Sequential(ConvNorm(3, 16, 6, 2), ConvNorm(16, 32, 3, 2), C3(32, 32, 2))
         self.deep = nn.Sequential(ConvNorm(32, 64, 3, 2), C3(64, 64, 1), SPPF(64))
         self.narrow, self.up = ConvNorm(64, 32), C3(64, 32, 1)
-        self.heads = nn.ModuleList([nn.Conv2d(32, 3 * (CLASSES + 5), 1), nn.Conv2d(64, 3 * (CLASSES + 5), 1)])
+        self.heads = nn.ModuleList(
+            [nn.Conv2d(32, 3 * (CLASSES + 5), 1), nn.Conv2d(64, 3 * (CLASSES + 5), 1)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         fine = self.stem(x)
@@ -309,11 +347,16 @@ class CenterNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(ConvNorm(3, 16, 3, 2), ConvNorm(16, 32, 3, 2), ConvNorm(32, 48, 3, 2))
+        self.body = nn.Sequential(
+            ConvNorm(3, 16, 3, 2), ConvNorm(16, 32, 3, 2), ConvNorm(32, 48, 3, 2)
+        )
         self.up = nn.Sequential(nn.ConvTranspose2d(48, 32, 4, 2, 1), nn.BatchNorm2d(32), nn.ReLU())
         self.heads = nn.ModuleDict(
             OrderedDict(
-                (name, nn.Sequential(nn.Conv2d(32, 24, 3, 1, 1), nn.ReLU(), nn.Conv2d(24, width, 1)))
+                (
+                    name,
+                    nn.Sequential(nn.Conv2d(32, 24, 3, 1, 1), nn.ReLU(), nn.Conv2d(24, width, 1)),
+                )
                 for name, width in (("heat", CLASSES), ("size", 2), ("offset", 2))
             )
         )
@@ -339,7 +382,12 @@ class PSPNet(nn.Module):
         parts = [y]
         for size, level in zip((1, 2, 4), self.levels, strict=True):
             parts.append(
-                F.interpolate(level(F.adaptive_avg_pool2d(y, size)), y.shape[2:], mode="bilinear", align_corners=False)
+                F.interpolate(
+                    level(F.adaptive_avg_pool2d(y, size)),
+                    y.shape[2:],
+                    mode="bilinear",
+                    align_corners=False,
+                )
             )
         return F.interpolate(self.head(torch.cat(parts, 1)), x.shape[2:], mode="bilinear")
 
@@ -352,7 +400,10 @@ class DETR(nn.Module):
         self.body = nn.Sequential(ConvNorm(3, 16, 3, 2), ConvNorm(16, 32, 3, 2))
         self.project = nn.Conv2d(32, 24, 1)
         self.transformer = nn.Transformer(24, 4, 1, 1, 48, batch_first=True)
-        self.queries, self.places = nn.Parameter(torch.rand(6, 24)), nn.Parameter(torch.rand(64, 24))
+        self.queries, self.places = (
+            nn.Parameter(torch.rand(6, 24)),
+            nn.Parameter(torch.rand(64, 24)),
+        )
         self.classes, self.boxes = nn.Linear(24, CLASSES), nn.Linear(24, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -387,7 +438,9 @@ def _raft() -> nn.Module:
     class Correlation(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = nn.Sequential(ConvNorm(3, 24, 3, 2), ConvNorm(24, 32, 3, 2), nn.Conv2d(32, 32, 1))
+            self.encoder = nn.Sequential(
+                ConvNorm(3, 24, 3, 2), ConvNorm(24, 32, 3, 2), nn.Conv2d(32, 32, 1)
+            )
             self.head = nn.Conv2d(64, 2, 1)
 
         def forward(self, first: Tensor, second: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from architectures.base import BATCH, Architecture, images
 from torch import Tensor, nn
+
+from architectures.base import BATCH, Architecture, images
 
 
 def _diffusers() -> Any:
@@ -364,7 +365,9 @@ def _sample(channels: int = 3, size: int = 16) -> Callable[[], dict[str, Tensor]
     return lambda: {"sample": images(size, channels), "timestep": _steps()}
 
 
-def _texts(channels: int = 4, size: int = 8, **shapes: tuple[int, ...]) -> Callable[[], dict[str, Tensor]]:
+def _texts(
+    channels: int = 4, size: int = 8, **shapes: tuple[int, ...]
+) -> Callable[[], dict[str, Tensor]]:
     return lambda: {
         "sample": images(size, channels),
         "timestep": _steps(),
@@ -374,7 +377,10 @@ def _texts(channels: int = 4, size: int = 8, **shapes: tuple[int, ...]) -> Calla
 
 
 def _row(
-    name: str, build: Callable[[], nn.Module], example: Callable[[], dict[str, Tensor]], note: str = ""
+    name: str,
+    build: Callable[[], nn.Module],
+    example: Callable[[], dict[str, Tensor]],
+    note: str = "",
 ) -> Architecture:
     return Architecture(name, "diffusion", build, example, note=note)
 
@@ -384,7 +390,9 @@ ARCHITECTURES = (
     _row("UNet2D (scale and shift)", _uvit, _sample()),
     _row(
         "UNet2DCondition",
-        lambda: Conditioned(_conditioned("UNet2DConditionModel", up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))),
+        lambda: Conditioned(
+            _conditioned("UNet2DConditionModel", up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+        ),
         _texts(),
     ),
     _row("UNet1D", _unet_1d, lambda: {"sample": torch.randn(BATCH, 4, 32), "timestep": _steps()}),
@@ -395,10 +403,16 @@ ARCHITECTURES = (
     ),
     _row(
         "ControlNet",
-        lambda: Control(_conditioned("ControlNetModel", conditioning_embedding_out_channels=(4, 8))),
+        lambda: Control(
+            _conditioned("ControlNetModel", conditioning_embedding_out_channels=(4, 8))
+        ),
         _texts(control=(3, 16, 16)),
     ),
-    _row("DiT", _dit, lambda: {"sample": images(8, 4), "timestep": _steps(), "labels": torch.tensor([4, 2])}),
+    _row(
+        "DiT",
+        _dit,
+        lambda: {"sample": images(8, 4), "timestep": _steps(), "labels": torch.tensor([4, 2])},
+    ),
     _row("PixArt", _pixart, _texts()),
     _row("Stable Diffusion 3", _sd3, _texts(pooled=(24,))),
     _row(
@@ -423,9 +437,21 @@ ARCHITECTURES = (
             "states": torch.randn(BATCH, 5, 24),
         },
     ),
-    _row("AutoencoderKL", lambda: Autoencoder(_coder("AutoencoderKL")), lambda: {"sample": images(16)}),
-    _row("AutoencoderKL decoder", lambda: Decoder(_coder("AutoencoderKL")), lambda: {"latents": images(8, 4)}),
-    _row("VQModel", lambda: Autoencoder(_coder("VQModel", latent_channels=4, num_vq_embeddings=32)), lambda: {"sample": images(16)}),
+    _row(
+        "AutoencoderKL",
+        lambda: Autoencoder(_coder("AutoencoderKL")),
+        lambda: {"sample": images(16)},
+    ),
+    _row(
+        "AutoencoderKL decoder",
+        lambda: Decoder(_coder("AutoencoderKL")),
+        lambda: {"latents": images(8, 4)},
+    ),
+    _row(
+        "VQModel",
+        lambda: Autoencoder(_coder("VQModel", latent_channels=4, num_vq_embeddings=32)),
+        lambda: {"sample": images(16)},
+    ),
     _row(
         "AutoencoderTiny",
         lambda: Autoencoder(

@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from architectures.base import BATCH, Architecture, images, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+
+from architectures.base import BATCH, Architecture, images, tokens
 
 
 class DCGAN(nn.Module):
@@ -73,7 +74,9 @@ class StyleGAN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mapping = nn.Sequential(nn.Linear(16, 32), nn.LeakyReLU(0.2), nn.Linear(32, 32), nn.LeakyReLU(0.2))
+        self.mapping = nn.Sequential(
+            nn.Linear(16, 32), nn.LeakyReLU(0.2), nn.Linear(32, 32), nn.LeakyReLU(0.2)
+        )
         self.constant = nn.Parameter(torch.randn(1, 32, 4, 4))
         self.first = Modulated(32, 32, 32)
         self.second = Modulated(32, 16, 32)
@@ -116,7 +119,11 @@ class SRGAN(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(3, 16, 9, 1, 4), nn.PReLU())
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.PReLU(16), nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16)
+                nn.Conv2d(16, 16, 3, 1, 1),
+                nn.BatchNorm2d(16),
+                nn.PReLU(16),
+                nn.Conv2d(16, 16, 3, 1, 1),
+                nn.BatchNorm2d(16),
             )
             for _ in range(2)
         )
@@ -167,9 +174,15 @@ class Pix2Pix(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.down = nn.ModuleList([nn.Conv2d(3, 16, 4, 2, 1), nn.Conv2d(16, 32, 4, 2, 1), nn.Conv2d(32, 48, 4, 2, 1)])
+        self.down = nn.ModuleList(
+            [nn.Conv2d(3, 16, 4, 2, 1), nn.Conv2d(16, 32, 4, 2, 1), nn.Conv2d(32, 48, 4, 2, 1)]
+        )
         self.up = nn.ModuleList(
-            [nn.ConvTranspose2d(48, 32, 4, 2, 1), nn.ConvTranspose2d(64, 16, 4, 2, 1), nn.ConvTranspose2d(32, 3, 4, 2, 1)]
+            [
+                nn.ConvTranspose2d(48, 32, 4, 2, 1),
+                nn.ConvTranspose2d(64, 16, 4, 2, 1),
+                nn.ConvTranspose2d(32, 3, 4, 2, 1),
+            ]
         )
         self.norms = nn.ModuleList([nn.BatchNorm2d(32), nn.BatchNorm2d(16)])
 
@@ -188,11 +201,13 @@ class CycleGAN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+
         def block() -> nn.Sequential:
             return nn.Sequential(
                 nn.ReflectionPad2d(1), nn.Conv2d(32, 32, 3), nn.InstanceNorm2d(32), nn.ReLU(True),
                 nn.ReflectionPad2d(1), nn.Conv2d(32, 32, 3), nn.InstanceNorm2d(32),
             )  # fmt: skip
+
         self.encode = nn.Sequential(
             nn.ReflectionPad2d(3), nn.Conv2d(3, 16, 7), nn.InstanceNorm2d(16), nn.ReLU(True),
             nn.Conv2d(16, 32, 3, 2, 1), nn.InstanceNorm2d(32), nn.ReLU(True),
@@ -233,10 +248,18 @@ class BigGAN(nn.Module):
         self.classes = nn.Embedding(5, 16)
         self.first = norm(nn.Linear(16, 32 * 16))
         self.norms = nn.ModuleList([ConditionalNorm(32, 32), ConditionalNorm(24, 32)])
-        self.convs = nn.ModuleList([norm(nn.Conv2d(32, 24, 3, 1, 1)), norm(nn.Conv2d(24, 24, 3, 1, 1))])
+        self.convs = nn.ModuleList(
+            [norm(nn.Conv2d(32, 24, 3, 1, 1)), norm(nn.Conv2d(24, 24, 3, 1, 1))]
+        )
         self.shortcut = norm(nn.Conv2d(32, 24, 1))
-        self.query, self.key = norm(nn.Conv2d(24, 8, 1, bias=False)), norm(nn.Conv2d(24, 8, 1, bias=False))
-        self.value, self.mix = norm(nn.Conv2d(24, 12, 1, bias=False)), norm(nn.Conv2d(12, 24, 1, bias=False))
+        self.query, self.key = (
+            norm(nn.Conv2d(24, 8, 1, bias=False)),
+            norm(nn.Conv2d(24, 8, 1, bias=False)),
+        )
+        self.value, self.mix = (
+            norm(nn.Conv2d(24, 12, 1, bias=False)),
+            norm(nn.Conv2d(12, 24, 1, bias=False)),
+        )
         self.gamma = nn.Parameter(torch.ones(()))
         self.last, self.picture = nn.BatchNorm2d(24), nn.Conv2d(24, 3, 3, 1, 1)
 
@@ -246,7 +269,11 @@ class BigGAN(nn.Module):
         y = F.interpolate(F.relu(self.norms[0](x, condition)), scale_factor=2.0)
         y = self.convs[1](F.relu(self.norms[1](self.convs[0](y), condition)))
         y = y + self.shortcut(F.interpolate(x, scale_factor=2.0))
-        query, key, value = self.query(y), F.max_pool2d(self.key(y), 2), F.max_pool2d(self.value(y), 2)
+        query, key, value = (
+            self.query(y),
+            F.max_pool2d(self.key(y), 2),
+            F.max_pool2d(self.value(y), 2),
+        )
         weights = torch.softmax(query.flatten(2).transpose(1, 2) @ key.flatten(2), -1)
         mixed = (value.flatten(2) @ weights.transpose(1, 2)).view(y.shape[0], 12, *y.shape[2:])
         y = y + self.gamma * self.mix(mixed)
@@ -321,9 +348,21 @@ class VQVAE(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 8, 1))
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 16, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, 1, 1),
+            nn.ReLU(),
+            nn.Conv2d(32, 8, 1),
+        )
         self.codebook = nn.Embedding(24, 8)
-        self.decoder = nn.Sequential(nn.Conv2d(8, 32, 3, 1, 1), nn.ReLU(), nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 3, 3, 1, 1))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(8, 32, 3, 1, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(32, 16, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(16, 3, 3, 1, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         latent = self.encoder(x).permute(0, 2, 3, 1)
@@ -340,7 +379,9 @@ class BetaVAE(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 32), nn.ReLU())
         self.both = nn.Linear(32, 12)
-        self.decoder = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 40), nn.ReLU(), nn.Linear(40, 48))
+        self.decoder = nn.Sequential(
+            nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 40), nn.ReLU(), nn.Linear(40, 48)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_variance = self.both(self.encoder(x)).chunk(2, -1)
@@ -355,7 +396,9 @@ class Coupling(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(width // 2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, width))
+        self.net = nn.Sequential(
+            nn.Linear(width // 2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, 1)
@@ -376,13 +419,19 @@ class Flow(nn.Module):
 
 def _gan(name: str, build: type[nn.Module], **shapes: tuple[int, ...]) -> Architecture:
     return Architecture(
-        name, "GAN", build, lambda: {key: torch.randn(BATCH, *shape) for key, shape in shapes.items()}
+        name,
+        "GAN",
+        build,
+        lambda: {key: torch.randn(BATCH, *shape) for key, shape in shapes.items()},
     )
 
 
 def _vae(name: str, build: type[nn.Module], **shapes: tuple[int, ...]) -> Architecture:
     return Architecture(
-        name, "VAE", build, lambda: {key: torch.rand(BATCH, *shape) for key, shape in shapes.items()}
+        name,
+        "VAE",
+        build,
+        lambda: {key: torch.rand(BATCH, *shape) for key, shape in shapes.items()},
     )
 
 
@@ -396,7 +445,10 @@ ARCHITECTURES = (
     _gan("pix2pix", Pix2Pix, x=(3, 32, 32)),
     _gan("CycleGAN", CycleGAN, x=(3, 16, 16)),
     Architecture(
-        "BigGAN", "GAN", BigGAN, lambda: {"noise": torch.randn(BATCH, 16), "label": torch.tensor([4, 2])}
+        "BigGAN",
+        "GAN",
+        BigGAN,
+        lambda: {"noise": torch.randn(BATCH, 16), "label": torch.tensor([4, 2])},
     ),
     _gan("WGAN-GP critic", WGAN, x=(3, 16, 16)),
     _vae("convolutional VAE", ConvVAE, x=(3, 16, 16)),

@@ -145,11 +145,11 @@ def measure(name: str, size: int | None, backends: list[str]) -> dict[str, Any]:
             again.network({next(iter(network.example)): torch.from_numpy(x)})[0].numpy(), wanted
         )
     trained = smaller.model
-    before = [np.array(v) for v in trained.trainable_variables]
+    before = [v.numpy() for v in trained.trainable_variables]
     trained.compile(optimizer="sgd", loss="sparse_categorical_crossentropy")
     trained.fit(np.repeat(x, 2, 0), np.arange(6) % CLASSES, epochs=1, batch_size=6, verbose=0)
     moved = [
-        not np.array_equal(a, np.array(v))
+        not np.array_equal(a, v.numpy())
         for a, v in zip(before, trained.trainable_variables, strict=True)
     ]
     row["trained"] = sum(moved) / len(moved)

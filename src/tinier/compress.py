@@ -149,6 +149,7 @@ def compress(
             result.facts["timing"] = (
                 "the machine was busy: intervals are wide, ratios are by their careful ends"
             )
+        result.facts["compensated"] = sorted(workshop.compensated)
         result.facts["recovery"] = {f"{keep:g}": done for keep, done in workshop.trained.items()}
         if folder is None:
             kept = tempfile.mkdtemp(prefix="tinier-result-")

@@ -32,7 +32,8 @@ def shrink(model: Any, example: Example | None = None) -> Smaller:
         The smaller model; printing it shows how many channels of each group are left. ``original`` has the masks made permanent.
 
     Raises:
-        RefusedError: the smaller model does not equal the original to 1e-5 of its largest output on random inputs; the channel group is named.
+        RefusedError: the smaller model does not equal the original to 1e-5 of its largest output on random inputs; the message has
+            the channel group.
 
     Cost:
         A few runs of the network, and those of applying the plan.

@@ -90,7 +90,7 @@ def _of_layer(matrix: Tensor, gram: Gram, index: Tensor, ridge: float) -> Sequen
     result: list[Block] = []
     for weight, moments, channels in zip(matrix, covariance, index, strict=True):
         strength = ridge * float(moments.diagonal().mean())
-        columns = _by_count(channels)
+        columns = columns_by_count(channels)
         if not strength > 0 or not energy > 0 or not columns:
             continue  # inputs that never change: whatever leaves, the bias stands in for it
         eye = torch.eye(len(moments), dtype=torch.float64)
@@ -99,7 +99,7 @@ def _of_layer(matrix: Tensor, gram: Gram, index: Tensor, ridge: float) -> Sequen
     return result
 
 
-def _by_count(index: Tensor) -> list[tuple[Tensor, Tensor]]:
+def columns_by_count(index: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Channels with as many columns each, and these columns."""
     inside = (index >= 0).nonzero().flatten()
     order = inside[index[inside].argsort(stable=True)]

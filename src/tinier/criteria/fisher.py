@@ -18,7 +18,8 @@ class Fisher(Criterion):
 
     sᵢ = ½ E zᵢ², zᵢ = Σ a · ∂L/∂a over the positions of channel i and all places where operators read it, for each example. Without labels
     answers are drawn from the network itself, and it is the true Fisher information; with labels the empirical one. Suits
-    ranking within a group and across groups: it is a loss.
+    ranking within a group, and across groups once divided by the mean of each: a loss of one channel at a time does not foresee that
+    of many.
 
     Source:
         Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning", equation 10; Liu et al. 2021, "Group Fisher
@@ -29,7 +30,6 @@ class Fisher(Criterion):
     """
 
     name: ClassVar[str] = "fisher"
-    comparable: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"gates"})
 
     def scores(

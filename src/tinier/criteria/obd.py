@@ -26,7 +26,8 @@ class OBD(Criterion):
     """The second-order change of the loss when weights become zero, with a diagonal Hessian.
 
     sᵢ = ½ Σ_{w of channel i} h_w w², h_w = E (∂L/∂w)² over examples: the diagonal of the Fisher information, empirical with labels and true
-    without (see ``observe``). Suits ranking within a group and across groups: it is a loss.
+    without (see ``observe``). Suits ranking within a group, and
+    across groups once divided by the mean of each: a loss of one channel at a time does not foresee that of many.
 
     Source:
         LeCun et al. 1990, "Optimal brain damage", equation 5.
@@ -37,7 +38,6 @@ class OBD(Criterion):
     """
 
     name: ClassVar[str] = "obd"
-    comparable: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"squares"})
     weight_needs: ClassVar[frozenset[str]] = frozenset({"squares"})
 

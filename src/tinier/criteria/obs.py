@@ -23,8 +23,8 @@ class OBS(Criterion):
     sᵢ = Σ over the linear layers and convolutions that read channel i of tr(W_S ([(G + λI)⁻¹]_SS)⁻¹ W_Sᵀ) / tr(W G Wᵀ), with S the
     columns of channel i in the weight matrix W and G the covariance of its rows of input (unfolded, for convolutions): the smallest
     mean squared error of the layer's output, a share of its variance, that removing S leaves when W and the bias are fitted again.
-    For the removal of one channel at a time; ``OBSGreedy`` accounts for those that left before. Suits ranking within a group and across
-    groups, where compensation follows.
+    For the removal of one channel at a time; ``OBSGreedy`` accounts for those that left before. Suits ranking within a group, and across
+    groups once divided by the mean of each, where compensation follows.
 
     Attributes:
         ridge: λ as a share of the mean of the diagonal of G.
@@ -39,7 +39,6 @@ class OBS(Criterion):
     """
 
     name: ClassVar[str] = "obs"
-    comparable: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     ridge: float = 1e-2

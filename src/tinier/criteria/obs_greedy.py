@@ -22,8 +22,8 @@ class OBSGreedy(Criterion):
 
     In each round every channel that is left scores as in ``OBS``; the lowest leaves, W becomes W − W_S ([H⁻¹]_SS)⁻¹ [H⁻¹]_S:
     and H⁻¹ becomes H⁻¹ − [H⁻¹]_:S ([H⁻¹]_SS)⁻¹ [H⁻¹]_S:. Its score is the error that it adds, or that of the one before if that is larger.
-    Two equal channels score differently: the first is free, the second is not. Suits ranking within a group and across groups, where
-    compensation follows.
+    Two equal channels score differently: the first is free, the second is not. Suits ranking within a group, and across groups once
+    divided by the mean of each, where compensation follows.
 
     Attributes:
         ridge: λ as a share of the mean of the diagonal of G.
@@ -37,7 +37,6 @@ class OBSGreedy(Criterion):
     """
 
     name: ClassVar[str] = "obs_greedy"
-    comparable: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     ridge: float = 1e-2

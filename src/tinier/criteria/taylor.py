@@ -26,7 +26,7 @@ class Taylor(Criterion):
     """The squared first-order change of the loss when the weights of a channel become zero.
 
     sᵢ = (Σ_{w of channel i} w · ∂L/∂w)², over all parameters of the group, biases too; L is the mean loss of the data. Suits ranking within
-    a group and across groups: it is a loss, squared.
+    a group, and across groups once divided by the mean of each: a loss of one channel at a time does not foresee that of many.
 
     Source:
         Molchanov et al. 2019, "Importance estimation for neural network pruning", equations 7 and 8.
@@ -37,7 +37,6 @@ class Taylor(Criterion):
     """
 
     name: ClassVar[str] = "taylor"
-    comparable: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
     weight_needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
 

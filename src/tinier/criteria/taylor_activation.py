@@ -16,8 +16,8 @@ from tinier.statistics import Statistics
 class TaylorActivation(Criterion):
     """The mean over examples of the first-order change of the loss when a channel's activations become zero.
 
-    sᵢ = E|zᵢ|, zᵢ = Σ a · ∂L/∂a over the positions of channel i and all places where operators read it. Suits ranking within a group and
-    across groups: it is a loss.
+    sᵢ = E|zᵢ|, zᵢ = Σ a · ∂L/∂a over the positions of channel i and all places where operators read it. Suits ranking within a group, and
+    across groups once divided by the mean of each: a loss of one channel at a time does not foresee that of many.
 
     Source:
         Molchanov et al. 2017, "Pruning convolutional neural networks for resource efficient inference", equation 8.
@@ -27,7 +27,6 @@ class TaylorActivation(Criterion):
     """
 
     name: ClassVar[str] = "taylor_activation"
-    comparable: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"gates"})
 
     def scores(

@@ -15,7 +15,7 @@ from tinier.graph.axes import Atom, Axis, atoms, positions
 from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.graph.masked import masked_outputs, masked_values
 from tinier.graph.single import is_half, single, single_inputs, single_traced
-from tinier.graph.trace import Traced, isolated, leaves
+from tinier.graph.trace import Traced, isolated, leaves, repeatable
 from tinier.modules.masked import hold, masks_of
 from tinier.network import Network
 
@@ -154,9 +154,10 @@ def _prove(
         traced, channels = single_traced(traced, channels)
         run = single(pruned if isinstance(pruned, fx.GraphModule) else pruned.traced.module)
         graph, inputs = single(graph), single_inputs(inputs)
-    wanted = masked_outputs(traced, channels, kept, inputs)
+    with repeatable():
+        wanted = masked_outputs(traced, channels, kept, inputs)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), repeatable():
             found = run(inputs) if isinstance(run, Network) else leaves(isolated(run, inputs))
         gap = difference(found, wanted)
     except (RuntimeError, IndexError, ValueError) as error:
@@ -171,7 +172,7 @@ def _prove(
 
 
 def random_inputs(network: Network, seed: int) -> dict[str, Tensor]:
-    """Inputs like the example: normal with its mean and deviation, or drawn from its integers; batch 3 where it is free."""
+    """Inputs like the example: normal as it is, or drawn from the integers in which its rows differ; batch 3 where it is free."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name, tensor in (
@@ -189,8 +190,12 @@ def random_inputs(network: Network, seed: int) -> dict[str, Tensor]:
         elif tensor.dtype == torch.bool or tensor.max() <= 1:  # masks and types
             result[name] = tensor
         else:
-            chosen = torch.randint(tensor.numel(), tensor.shape, generator=generator)
-            result[name] = tensor.flatten()[chosen.to(tensor.device)]
+            # Where all rows agree, a token may have a meaning of its own, as the placeholders of an image.
+            fixed = (tensor == tensor[:1]).all(0, keepdim=True).expand(tensor.shape)
+            pool = tensor[~fixed] if not bool(fixed.all()) else tensor.flatten()[:0]
+            chosen = torch.randint(max(len(pool), 1), tensor.shape, generator=generator)
+            drawn = pool[chosen.to(tensor.device)] if len(pool) else tensor
+            result[name] = torch.where(fixed, tensor, drawn)
     return result
 
 
@@ -298,16 +303,18 @@ def _stock(
         return None
     meta = on_meta(network)
     batches = [network.example] if meta else [random_inputs(network, seed=1), network.example]
-    with torch.no_grad():
+    with torch.no_grad(), repeatable():
         wanted = [leaves(isolated(graph, inputs)) for inputs in batches]
     for module in stock_modules(network.module, channels, kept):
         candidate = Network(module, network.example, network.name, network.folder)
         try:
-            if not meta and not _agree([candidate(inputs) for inputs in batches], wanted):
+            with repeatable():
+                found = [] if meta else [candidate(inputs) for inputs in batches]
+            if not meta and not _agree(found, wanted):
                 continue
             # Some classes take another way while they are traced.
             traced = candidate.traced
-            with torch.no_grad():
+            with torch.no_grad(), repeatable():
                 found = [leaves(isolated(traced.module, inputs)) for inputs in batches]
         except Exception:  # the user's code: anything may be raised, and the graph stands in
             continue

@@ -17,14 +17,15 @@ from tinier.graph.trace import Traced
 from tinier.graph.weights import CONVOLUTION, RECURRENT, TRANSPOSED
 
 # Operators that move entries or add up a few: what they make of open entries is found by running them on the flags.
-MOVING = """
+_MOVING = """
 view reshape _unsafe_view view_copy flatten unflatten permute transpose t movedim swapaxes cat concat stack slice select narrow
 split split_with_sizes chunk unsafe_split tensor_split unbind expand broadcast_to unsqueeze squeeze flip roll repeat tile
 repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle index_select index upsample_nearest1d upsample_nearest2d
 upsample_nearest3d upsample_bilinear2d upsample_linear1d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d
 avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_max_pool2d mean sum amax clone contiguous expand_as view_as
 reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d mT numpy_T
-""".split()
+"""
+MOVING = set(_MOVING.split())
 CONSTANT = {"zeros_like", "ones_like", "full_like", "empty_like"}
 RANDOM = {"bernoulli", "rand", "randn", "rand_like", "randn_like", "randperm"}
 ENTRYWISE = set(POINTWISE.split()) - CONSTANT - RANDOM

@@ -98,7 +98,7 @@ def _contractions(channels: Channels, node: fx.Node) -> list[list[Axis]]:
         rows = axes[node.args[0]][:-1]
         return [[*rows, *axes[source]] for source in node.args[2:4]]
     if name == "bilinear":
-        left, right, weight = (axes[source] for source in node.args[:3])
+        left, weight = axes[node.args[0]], axes[node.args[2]]
         return [[*left[:-1], *weight]]
     if name in ATTENTION:
         query, key, value = (axes[source] for source in node.args[:3])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from tinier.graph.rules import argument, dimension, operator_name
+from tinier.graph.rules.losses import LOSSES, MEAN, NONE
 
 
 class Run(Protocol):
@@ -188,7 +189,7 @@ def _index_put(run: Run, node: fx.Node) -> Tensor:
         if item is not None:
             kept = kept & run.mask_of_all(item).expand(shape)
     indices = [None if i is None else run.env[i] for i in given]
-    rest = [run.env[a] if isinstance(a, fx.Node) else a for a in node.args[2:]]
+    rest: list[Any] = [run.env[a] if isinstance(a, fx.Node) else a for a in node.args[2:]]
     assert callable(node.target)
     if kept.all() or any(i is not None and i.dtype == torch.bool for i in indices):
         return node.target(x, indices, *rest, **node.kwargs)
@@ -261,7 +262,45 @@ def _variance(run: Run, node: fx.Node) -> Any:
     return (variance, mean) if operator_name(node).endswith("_mean") else variance
 
 
+def _loss(run: Run, node: fx.Node) -> Tensor:
+    """The elementwise loss of the kept positions, then their mean or sum."""
+    assert callable(node.target)
+    names = [item.name for item in node.target._schema.arguments]  # type: ignore[attr-defined]
+    values = [run.value(node, place, name, ...) for place, name in enumerate(names)]
+    given = {n: v for n, v in zip(names, values, strict=True) if v is not ...}
+    how = given.get("reduction", MEAN)
+    each: Tensor = node.target(**{**given, "reduction": NONE})
+    if how == NONE:
+        return each
+    left, right = (run.mask_of_all(source) for source in node.all_input_nodes[:2])
+    kept = (left & right).expand(each.shape)
+    total = torch.where(kept, each, each.new_zeros(())).sum()
+    return total / kept.sum() if how == MEAN else total
+
+
+def _attention(run: Run, node: fx.Node) -> Any:
+    """softmax(q kᵀ · scale + mask) v over the kept keys, where keys are channels."""
+    query, key, value = (run.value(node, place, "") for place in range(3))
+    kept = run.input_mask(node, [key.ndim - 2], 1)
+    assert callable(node.target)
+    if bool(kept.all()):
+        rest = [run.env[a] if isinstance(a, fx.Node) else a for a in node.args[3:]]
+        named = {k: run.env[v] if isinstance(v, fx.Node) else v for k, v in node.kwargs.items()}
+        return node.target(query, key, value, *rest, **named)
+    scale = run.value(node, 6, "scale")
+    logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    mask = run.value(node, 3, "attn_mask")
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    if run.value(node, 5, "is_causal", False):
+        logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -torch.inf)
+    logits = logits.masked_fill(~kept.transpose(-1, -2), -torch.inf)
+    return (logits - logits.amax(-1, keepdim=True)).softmax(-1) @ value
+
+
 SPECIAL: dict[str, Callable[[Run, fx.Node], Any]] = {
+    "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(LOSSES.split(), _loss),
     "layer_norm": _layer_norm,
     "batch_norm": _batch_norm,
     "instance_norm": _batch_norm,

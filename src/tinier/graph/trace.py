@@ -324,6 +324,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def repeatable(seed: int = 0) -> Iterator[None]:
+    """Inside, random operators of a network draw the same values each time; the user's generator is left where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence what torch says to its own developers while it traces and exports."""
     loggers = [

@@ -123,6 +123,7 @@ class ChannelPruning(Method):
         if not candidates:
             raise RefusedError(f"{network.name}: no channel can be cut. {why(channels)}")
         scores = self._scores(network, candidates, statistics)
+        candidates = [group for group in candidates if group.name in scores]
         widths = self._widths(network, channels, candidates, scores, cost, share, fixed)
         edits = []
         for group in candidates:
@@ -148,6 +149,8 @@ class ChannelPruning(Method):
     ) -> dict[str, Tensor]:
         scores = dict(self.criterion.scores(network, groups, statistics))
         for group in groups:
+            if group.name not in scores:
+                continue  # the criterion can say nothing about it: it stays whole
             values = scores[group.name]
             if values.shape != (group.size,):
                 raise RefusedError(

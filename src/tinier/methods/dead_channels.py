@@ -1,8 +1,6 @@
 """Dead channels: those that cannot change the output leave; what they add as a constant goes into biases."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -295,16 +293,3 @@ def _padded(node: fx.Node) -> bool:
     if isinstance(padding, str):
         return padding != "valid"
     return any(padding) if isinstance(padding, list | tuple) else bool(padding)
-
-
-def left(plan: Plan, network: Network) -> Iterator[tuple[str, int, int]]:
-    """Group → channels before and after, of every group of a network, whether it loses any or not."""
-    cut: Mapping[str, Slice] = {e.group: e for e in plan.edits if isinstance(e, Slice)}
-    for group in channel_groups(network.traced).groups:
-        edit = cut.get(group.name)
-        yield group.name, group.size, len(edit.kept) if edit else group.size
-
-
-def entries(network: Network) -> int:
-    """Number of trainable numbers of a network."""
-    return sum(prod(p.shape) for p in network.module.parameters())

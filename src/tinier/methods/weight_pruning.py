@@ -150,15 +150,13 @@ class WeightPruning(Method):
         rows, columns = self._shape()
         # Outputs first, then inputs: blocks are of these two, whatever their order in the parameter.
         turned = {w.name: _turn(scores[w.name], w) for w in chosen}
-        if (rows, columns) != (1, 1):
-            ranked = {name: blocks(score, rows, columns) for name, score in turned.items()}
+        if (rows, columns) == (1, 1):
+            masks = self._rank(chosen, turned)
         else:
-            ranked = turned
-        masks = self._rank(chosen, ranked)
-        if (rows, columns) != (1, 1):
+            means = {name: blocks(score, rows, columns) for name, score in turned.items()}
             masks = {
                 name: of_blocks(mask, rows, columns, turned[name].shape)
-                for name, mask in masks.items()
+                for name, mask in self._rank(chosen, means).items()
             }
         return {w.name: _turn(masks[w.name], w, back=True).contiguous() for w in chosen}
 

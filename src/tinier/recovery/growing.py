@@ -1,7 +1,7 @@
 """Growing regularisation: channels that were picked to go are pulled harder and harder, then they leave at no loss."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -35,7 +35,7 @@ class Growing(Penalty):
     """
 
     name: ClassVar[str] = "growing"
-    plan: Plan = Plan()
+    plan: Plan = field(default_factory=Plan)
     most: float = 1.0
     ramp: float = 0.7
 

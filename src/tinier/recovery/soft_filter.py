@@ -16,7 +16,7 @@ from tinier.recovery.pulls import Members, members
 
 @dataclass(frozen=True)
 class SoftFilter(Penalty):
-    """After each epoch the weights that make the weakest channels of each group become zero; when training ends, so do their biases and norms.
+    """After each epoch the weights that make the weakest channels become zero; when training ends, so do their biases and norms.
 
     A zeroed filter still gets gradients, so that it can come back. After the end ``shrink`` removes the zeroed channels.
 

@@ -142,6 +142,8 @@ def _recipe(result: Result, best: Candidate) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
     if best.variant.keep < 1:
         steps.append({"method": "channel_pruning", "keep": best.variant.keep, "of": "macs"})
+        if best.variant.keep in result.facts.get("compensated", ()):
+            steps.append({"method": "compensate"})
     if best.recovered:
         steps.append(
             {

@@ -184,8 +184,16 @@ class Search:
         if candidate.original and candidate.target == "torch":
             candidate.quality, candidate.loss = self.judge.original, 0.0  # the reference itself
             return
-        # A twin shares the cost of its sibling, a recovered network has new weights: both need artifacts of their own.
-        if candidate.artifact is None or candidate.recovered or self.workshop.refine(candidate):
+        keep = candidate.variant.keep
+        fitted = keep < 1 and not candidate.recovered
+        if fitted:
+            try:
+                self.workshop.compensate(keep)
+            except (RefusedError, InputError) as error:
+                self.progress.say(f"{candidate.variant.name}: not compensated: {error}")
+        # A twin shares the cost of its sibling, a pruned network has new weights by now: both need artifacts of their own.
+        refined = self.workshop.refine(candidate)
+        if candidate.artifact is None or candidate.recovered or fitted or refined:
             self.workshop.lower(candidate)
         if candidate.status == "dropped":
             return

@@ -16,6 +16,7 @@ from tinier.methods.static_quantization import StaticQuantization
 from tinier.network import Network
 from tinier.progress import Progress
 from tinier.recovery.base import Loss
+from tinier.recovery.compensation import compensate
 from tinier.recovery.loop import recover
 from tinier.search.candidate import Candidate, Variant
 from tinier.statistics import Statistics, collect
@@ -28,6 +29,7 @@ LONGEST = (
     60.0  # seconds of calibration at the most; fewer examples are used on networks that take longer
 )
 BATCH = 64  # examples a step while calibrating
+PASSES = 8  # runs of the original that compensation takes as long as
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Workshop:
     progress: Progress
     losses: tuple[Loss, ...] | None = None
     trained: dict[float, dict[str, float]] = field(default_factory=dict)
+    compensated: set[float] = field(default_factory=set)
+    _tried: set[float] = field(default_factory=set)
     _rough: set[float] = field(default_factory=set)
     _rough_built: set[tuple[Variant, str]] = field(default_factory=set)
     _pruned: dict[float, tuple[Network, Plan]] = field(default_factory=dict)
@@ -176,9 +180,31 @@ class Workshop:
         inputs, _ = next(self.calibration.subset(rows).batches(size))
         return inputs
 
+    def compensate(self, keep: float) -> None:
+        """Fit the layers of the pruned network again, once; what was built from it is built anew when next asked for."""
+        if keep == 1 or keep in self._tried:
+            return
+        self._tried.add(keep)
+        network, plan = self.pruned(keep)
+        begin = time.monotonic()
+        for inputs in self._calibration(FEW):
+            self.original(inputs)
+        each = PASSES * (time.monotonic() - begin) / FEW
+        count = min(CALIBRATION, max(FEW, int(LONGEST / max(each, 1e-9))))
+        with self.progress.task(f"compensating {Variant(keep).name}", None):
+            fitted = compensate(
+                network, self.original, plan, self._calibration(count), seed=self.seed
+            )
+        self._pruned[keep] = (fitted, plan)
+        self.compensated.add(keep)
+        self._rough.discard(keep)
+        self._statistics.pop(keep, None)
+        self._forget([v for v in self._networks if v.keep == keep])
+
     def recover(self, keep: float, seconds: float) -> None:
         """Train the pruned network to answer as the original does; what was built from it is built anew when next asked for."""
         assert self.train is not None
+        self.compensate(keep)
         network, plan = self.pruned(keep)
         with self.progress.task(f"recovering {Variant(keep).name}", 1.0) as step:
             recovered = recover(

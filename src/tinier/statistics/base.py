@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tinier.statistics.histograms import Histograms
 from tinier.statistics.lines import Fit
+from tinier.statistics.sensitivity import Sensitivity
 from tinier.tensors.histogram import Histogram
 
 # What ``observe`` can collect, and what for.
@@ -18,6 +19,7 @@ NEEDS = {
     "gradients": "the gradient of the mean loss for every parameter",
     "gates": "for each example, the derivative of its loss by a factor on each channel",
     "squares": "the mean square of each example's gradient for every parameter",
+    "sensitivity": "inputs of linear layers and convolutions, weighted by how much each row of the result matters",
 }
 
 
@@ -143,6 +145,7 @@ class Statistics:
         gates: channel group → sums over examples of the derivative by a factor on each channel.
         gradients: parameter → gradient of the mean loss, of its shape, float64.
         squares: parameter → mean over examples of the squared gradient of each example's loss, of its shape, float64.
+        sensitivities: graph node → weighted moments of the input of a linear layer or convolution.
         labels: "given" or "sampled" where a loss was differentiated, else "".
         samples: a few batches of inputs as they are, for methods that try what a change does.
         lines: activation function → the straight line that replaces it best (``fit_lines``).
@@ -161,3 +164,4 @@ class Statistics:
     labels: str = ""
     samples: tuple[Mapping[str, Tensor], ...] = ()
     lines: Mapping[str, Fit] = field(default_factory=dict)
+    sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from tinier.graph.groups import named_tensors
 from tinier.graph.layers import Layer, linear_layer
 from tinier.graph.trace import Traced
 
-MOST_ROWS = 2**12  # of a chunk, from which weighted Gram matrices are summed
+MOST_ROWS = 2**10  # of a chunk, from which weighted Gram matrices are summed
 
 
 @dataclass

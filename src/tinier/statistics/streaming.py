@@ -1,6 +1,7 @@
 """One streaming pass over data for criteria: moments, Gram matrices, gradients."""
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor, fx
 from tinier.errors import DataError, InputError
 from tinier.graph.axes import Atom, Axis, Product, atoms, shallow
 from tinier.graph.groups import Channels, channel_groups, named_tensors
-from tinier.graph.rules import operator_name
 from tinier.network import Network
 from tinier.statistics.base import NEEDS, Gates, Gram, Moments, Statistics, Use
 from tinier.statistics.chunks import Batch, chunks
+from tinier.statistics.finite import NotFinite, culprit
 from tinier.statistics.histograms import Histograms
 from tinier.statistics.losses import Loss, summed_loss
 from tinier.statistics.places import Place, group_uses, reading_places
+from tinier.statistics.sensitivity import Sensitivities
 
 CHUNK = 32  # examples that are run at once, however the data are batched
 MOST_ROWS = 2**24  # numbers in the rows of which one product is taken
@@ -37,7 +39,7 @@ def observe(
     Args:
         network: left as it is; it runs in evaluation mode.
         batches: input name → tensor, dimension 0 the batch; or pairs of these and labels (or None), as ``Examples.batches`` gives.
-        needs: keys of ``NEEDS``: "activations", "entropy", "gram", "gradients", "gates", "squares".
+        needs: keys of ``NEEDS``: "activations", "entropy", "gram", "gradients", "gates", "squares", "sensitivity".
         loss: for the last three: (outputs, labels) → scalar, a mean over the batch, or one value for each example. None for cross-entropy
             with class numbers (a mean over positions), binary cross-entropy with 0 and 1 for one logit, half the squared error with values.
             Without labels, answers are drawn from the network's own distribution, a softmax over the axis of classes of its first output or
@@ -67,15 +69,19 @@ def observe(
     recorder = _Recorder(network, channels, asked, most_gram)
     generator = torch.Generator().manual_seed(seed)
     examples, given = 0, False
+    weighted = Sensitivities(network.traced) if "sensitivity" in asked else None
     for inputs, labels in chunks(network, batches, recorder.chunk):
         recorder.take(inputs, labels, loss, generator)
+        if weighted is not None:
+            weighted.add(inputs, generator)
         examples += len(next(iter(inputs.values())))
         given = labels is not None
     if not examples:
         raise DataError(
             f"{network.name}: no examples to collect statistics of; one or more are needed"
         )
-    return recorder.statistics(examples, given or loss is not None)
+    result = recorder.statistics(examples, given or loss is not None)
+    return result if weighted is None else replace(result, sensitivities=weighted.sums)
 
 
 class _Recorder(fx.Interpreter):
@@ -148,10 +154,10 @@ class _Recorder(fx.Interpreter):
                     outputs = tuple(self.run(*ordered))
                     total = summed_loss(outputs, labels, len(ordered[0]), loss, generator)
                     if not bool(total.isfinite()):
-                        raise _NotFinite("the loss")
+                        raise NotFinite("the loss")
                     self._differentiate(total, len(ordered[0]))
-        except _NotFinite as found:
-            raise DataError(_culprit(self.traced.module, ordered, str(found))) from None
+        except NotFinite as found:
+            raise DataError(culprit(self.traced.module, ordered, str(found))) from None
         finally:
             self.leaves, self.taps = {}, []
 
@@ -225,11 +231,11 @@ class _Recorder(fx.Interpreter):
             moments = self.moments.setdefault(place.read, Moments.empty(length))
             moments.add(value.movedim(place.dim, -1).reshape(-1, length))
             if not bool(moments.squares.isfinite().all()):
-                raise _NotFinite(place.source.name)
+                raise NotFinite(place.source.name)
         if "entropy" in self.needs:
             means = self._examples(place, value.float()).mean(1)
             if not bool(means.isfinite().all()):
-                raise _NotFinite(place.source.name)
+                raise NotFinite(place.source.name)
             self.histograms.setdefault(place.read, Histograms(length)).add(means)
 
     def _examples(self, place: Place, value: Tensor) -> Tensor:
@@ -283,7 +289,7 @@ class _Recorder(fx.Interpreter):
         for part in value.split(max(MOST_ROWS // max(rows, 1), 1), dim):
             gram.add(layer.inputs(part, weight))
         if not bool(gram.total.isfinite().all()):
-            raise _NotFinite(place.source.name)
+            raise NotFinite(place.source.name)
 
     def _make_leaves(self) -> None:
         own: dict[int, Tensor] = {}
@@ -318,7 +324,7 @@ class _Recorder(fx.Interpreter):
         if gradient is None:
             return
         if not bool(gradient.isfinite().all()):
-            raise _NotFinite(f"the gradient of {name}")
+            raise NotFinite(f"the gradient of {name}")
         self.gradients[name] += gradient.cpu()
         if "squares" in self.needs:
             self.squares[name] += gradient.double().cpu().square()
@@ -338,40 +344,12 @@ class _Recorder(fx.Interpreter):
                 continue
             both = self._examples(place, tap.detach().double() * gradient.double()).sum(1).cpu()
             if not bool(both.isfinite().all()):
-                raise _NotFinite(f"the gradient of {place.source.name}")
+                raise NotFinite(f"the gradient of {place.source.name}")
             for name, use in uses.get((place.node.name, place.read), ()):
                 inside = use.index >= 0
                 z[name].index_add_(1, use.index[inside], both[:, inside])
         for name, values in z.items():
             self.gates[name].add(values)
-
-
-class _NotFinite(Exception):
-    """NaN or infinity turned up; the text says where it was seen."""
-
-
-def _culprit(module: fx.GraphModule, inputs: list[Tensor], seen: str) -> str:
-    """What made it: the first operator whose result has NaN, else the place where it was seen."""
-    first: list[fx.Node] = []
-
-    class Watch(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            value = super().run_node(node)
-            if not first and isinstance(value, Tensor) and value.is_floating_point():
-                given = node.op in ("placeholder", "get_attr")  # there infinity is wrong, too
-                bad = value.isnan() | value.isinf() if given else value.isnan()
-                first.extend([node] * bool(bad.any()))
-            return value
-
-    with torch.no_grad():
-        Watch(module).run(*inputs)
-    if not first:
-        return f"{seen}: NaN or infinity; scale the data, or exclude what makes it"
-    node = first[0]
-    what = {"placeholder": "input", "get_attr": "parameter"}.get(
-        node.op, f"output of {operator_name(node)}"
-    )
-    return f"{node.name}: NaN or infinity in the {what}; remove such examples, or exclude what makes them"
 
 
 def _gram_key(place: Place) -> tuple[Any, ...]:

@@ -62,7 +62,7 @@ def largest_of_rows(scores: Tensor, keep: float) -> Tensor:
         bool, like ``scores``.
 
     Source:
-        Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), section 3: comparison within an output.
+        Sun et al. 2023, "A simple and effective pruning approach for large language models" (Wanda), section 3: within an output.
     """
     rows = scores.flatten(1) if scores.ndim > 1 else scores[:, None]
     return _of_last(rows, round(keep * rows.shape[1])).view(scores.shape)

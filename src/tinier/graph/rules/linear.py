@@ -204,6 +204,7 @@ def attention(flow: Flow, node: fx.Node) -> Result:
         mask = flow.of(argument(node, 3, "attn_bias"))
     flow.same(node, query[-1], key[-1])
     flow.same(node, key[-2], value[-2])
+    mark(key[-2], "normalised")  # where attention runs over channels, as in DaViT
     mark(query[-1], "head_dim")
     mark(value[-1], "head_dim")
     leading = query[:-2]

@@ -3,10 +3,10 @@
 from torch import fx
 
 from tinier.graph.axes import UNIT, fresh, mark, product, size
-from tinier.graph.rules.base import Axes, Flow, Result, argument, dimension, rule
+from tinier.graph.rules.base import Axes, Flow, Result, argument, dimension, operator_name, rule
 
 AGGREGATE = """
-mean sum amax amin logsumexp norm linalg_vector_norm var std prod all any count_nonzero
+mean sum amax amin logsumexp norm linalg_vector_norm linalg_norm linalg_matrix_norm var std prod all any count_nonzero
 """
 RUNNING = "cumsum cumprod logcumsumexp"
 
@@ -87,6 +87,10 @@ def glu(flow: Flow, node: fx.Node) -> Result:
 @rule(*AGGREGATE.split())
 def aggregate(flow: Flow, node: fx.Node) -> Result:
     """Reductions that mean the same over fewer positions."""
+    order = argument(node, 1, "p" if operator_name(node) == "norm" else "ord")
+    if "norm" in operator_name(node) and isinstance(order, int | float) and order < 0:
+        flow.pin_all(node, "a norm of negative order sees zeros")
+        return flow.opaque(node, "a norm of negative order sees zeros")
     return _reduced(flow, node, _dims(node))
 
 

@@ -13,15 +13,18 @@ fmax fmin fmod frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh heavisi
 lerp lift_fresh_copy log log10 log1p log2 log_sigmoid logaddexp logical_and logical_not logical_or logical_xor logit
 lt masked_fill maximum minimum mish mul nan_to_num ne neg nextafter polar pow rad2deg reciprocal relu relu6 remainder
 round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square sub tan tanh
-threshold to to_copy _to_copy true_divide trunc type_as where xlogy zero feature_dropout alpha_dropout
-_conj resolve_conj resolve_neg complex real imag __and__ __or__ __xor__ fake_quantize_per_tensor_affine bernoulli
-ones_like zeros_like full_like rand_like randn_like empty_like subtract
+threshold to to_copy _to_copy true_divide trunc where xlogy zero feature_dropout alpha_dropout
+_conj resolve_conj resolve_neg complex real imag __and__ __or__ __xor__ fake_quantize_per_tensor_affine
+ones_like zeros_like full_like empty_like subtract
 multiply divide negative greater less greater_equal less_equal not_equal arctan arctan2
 special_erf special_expit special_log1p clip absolute
 """
 
 CONSTANT = """
 full zeros ones empty new_full new_zeros new_ones new_empty scalar_tensor
+"""
+DRAWN = """
+rand_like randn_like randint_like bernoulli rrelu_with_noise normal uniform exponential multinomial poisson
 """
 ORDERED = """
 linspace eye tril_indices triu_indices randn rand randperm logspace
@@ -55,6 +58,19 @@ def prelu(flow: Flow, node: fx.Node) -> Result:
 def constant(flow: Flow, node: fx.Node) -> Result:
     """The same value everywhere: an axis that may have any size."""
     return [flow.free(node, dim) for dim in range(node.meta["val"].ndim)]
+
+
+@rule("type_as")
+def type_as(flow: Flow, node: fx.Node) -> Result:
+    """The first operand; of the other only the type counts."""
+    return list(flow.of(node.args[0]))
+
+
+@rule(*DRAWN.split())
+def drawn(flow: Flow, node: fx.Node) -> Result:
+    """Random values are drawn position by position: with fewer positions the others would get other values."""
+    flow.pin_all(node, "random values are drawn position by position")
+    return flow.opaque(node, "random values are drawn position by position")
 
 
 @rule(*ORDERED.split())

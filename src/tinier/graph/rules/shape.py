@@ -116,6 +116,14 @@ def expand(flow: Flow, node: fx.Node) -> Result:
     ]
 
 
+@rule("broadcast_tensors")
+def broadcast_tensors(flow: Flow, node: fx.Node) -> Result:
+    """Every operand with the axes that all of them have together."""
+    operands = [flow.of(source) for source in node.args[0]]  # type: ignore[union-attr]
+    axes = flow.broadcast(node, operands, max(len(operand) for operand in operands))
+    return tuple(list(axes) for _ in operands)
+
+
 @rule("repeat", "tile")
 def repeat(flow: Flow, node: fx.Node) -> Result:
     """Whole axes again and again: repeats × axis."""

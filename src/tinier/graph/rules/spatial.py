@@ -9,8 +9,8 @@ POOLS = """
 max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest _upsample_nearest_exact lp_pool
 """
 NAMED = """
-upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa grid_sampler_2d
-grid_sampler reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d _adaptive_avg_pool2d
+upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa
+reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d _adaptive_avg_pool2d
 """
 SPATIAL = [f"{name}{n}d" for name in POOLS.split() for n in (1, 2, 3)] + NAMED.split()
 
@@ -20,10 +20,19 @@ def spatial(flow: Flow, node: fx.Node) -> Result:
     """Channels pass, the spatial dimensions are new."""
     axes = flow.of(node.args[0])
     channels = 2 if len(axes) > 2 else 1
-    others = [axis for source in node.all_input_nodes[1:] for axis in flow.of(source)]  # a grid
-    for axis in (*axes[channels:], *others):
+    for axis in axes[channels:]:
         flow.pin(node, axis, "spatial")
     return _after(flow, node, axes[:channels])
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(flow: Flow, node: fx.Node) -> Result:
+    """Each image is sampled at the places of its own grid; heads may be folded into the batch of both."""
+    axes, grid = flow.of(node.args[0]), flow.of(node.args[1])
+    flow.same(node, axes[0], grid[0])
+    for axis in (*axes[2:], *grid[1:]):
+        flow.pin(node, axis, "spatial")
+    return _after(flow, node, axes[:2])
 
 
 @rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
