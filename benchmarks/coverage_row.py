@@ -115,14 +115,20 @@ class _Row:
 
     def _difference(self, inputs: Mapping[str, Tensor]) -> float:
         """Of the pruned network to the masked reference, relative to the largest value of each output."""
+        network, channels = self.network, self.channels
+        if not _fits(
+            network, inputs
+        ):  # a loop over the length was unrolled: the reference is traced anew
+            network = Network(network.module, dict(inputs))
+            channels = channel_groups(network.traced)
         kept = {}
         for edit in self.plan.edits:
             assert isinstance(edit, Slice)
-            group = self.channels.group(edit.group)
+            group = channels.group(edit.group)
             assert group is not None
             kept[group.atom] = torch.tensor(edit.kept)
         with repeatable():
-            wanted = masked_outputs(self.network.traced, self.channels, kept, inputs)
+            wanted = masked_outputs(network.traced, channels, kept, inputs)
         with repeatable():
             return difference(self.pruned(inputs), wanted)
 
@@ -194,7 +200,7 @@ class _Row:
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             self.row["onnx_difference"] = 0.0
             batches = [self.pruned.example]
-            if self.architecture.batched:
+            if self.pruned.traced.batched:
                 batches.append(resized(self.pruned.example, MORE, {}))
             for inputs in batches:
                 names = {item.name for item in session.get_inputs()}
@@ -219,6 +225,16 @@ class _Row:
         if gap:
             raise ValueError(f"the loaded network differs by {gap:.1e}")
         self.row["saved"] = True
+
+
+def _fits(network: Network, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether the traced graph takes inputs of these sizes: those that differ from the example's are free in it."""
+    for node in network.traced.module.graph.find_nodes(op="placeholder"):
+        for size, length in zip(node.meta["val"].shape, inputs[node.target].shape, strict=True):
+            fixed = isinstance(size, int) or size.node.maybe_as_int() is not None
+            if fixed and int(size) != length:
+                return False
+    return True
 
 
 def difference(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:

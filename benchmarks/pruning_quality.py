@@ -3,8 +3,9 @@
 ResNet-20 and a small ViT on Fashion-MNIST and MiniLM on spam, at 2 and 4 times fewer MACs: one-shot (512 calibration examples, no labels
 for tinier, labels for Torch-Pruning's Taylor importance) and after the same short fine-tuning with plain cross-entropy. A seed draws the
 calibration examples and the order of fine-tuning. Of Torch-Pruning's variants (L2 and Taylor importance; local and global, or the whole
-width and bottlenecks only) the best on validation data at the first seed is reported, chosen apart for one-shot and fine-tuned. MACs of
-both by ``torch.utils.flop_counter``. Rows that are done are kept in results/pruning_quality.json: a stopped run goes on where it was.
+width and bottlenecks only) the best on validation data at the first seed is reported, chosen apart for one-shot and fine-tuned; it may
+have up to 2 % more MACs. MACs of both by ``torch.utils.flop_counter``. Rows that are done are kept in results/pruning_quality.json: a
+stopped run goes on where it was.
 """
 
 import argparse
@@ -51,22 +52,28 @@ def ours(own: Task, keep: float, seed: int) -> dict[str, Any]:
     started = time.monotonic()
     criterion = Reconstruction()
     statistics = observe(network, batches, criterion.needs)
-    asked = keep
-    for _ in range(5):  # the two counters differ in what they count of attention
+    low, high, asked, best_share, chosen = 0.0, 1.0, keep, 0.0, None
+    for _ in range(6):  # the two counters differ in what they count of attention
         method = ChannelPruning(
             keep=asked, criterion=criterion, cost_weight=COST_WEIGHT, round_to=1
         )
         plan = method.plan(network, statistics)
         pruned = plan.apply(network)
         share = macs(pruned.module, own.example) / whole
-        if share <= keep:
+        if best_share < share <= keep:
+            best_share, chosen = share, (plan, pruned)
+        if 0.98 * keep < share <= keep:
             break
-        asked *= 0.998 * keep / share
+        low, high = (asked, high) if share <= keep else (low, asked)
+        asked = min(max(asked * keep / share, 0.7 * low + 0.3 * high), 0.3 * low + 0.7 * high)
+    if chosen is None:
+        stop(f"{own.name}: no plan of at most {keep} of the MACs")
+    plan, pruned = chosen
     fitted = compensate(pruned, network, plan, batches)
     seconds = time.monotonic() - started
     tuned = tune(fitted.module, own.train, RECIPES[own.name], seed)
     return {
-        "macs": share,
+        "macs": best_share,
         "cut": accuracy(pruned.module, own.test),
         "one_shot": accuracy(fitted.module, own.test),
         "one_shot_valid": accuracy(fitted.module, own.valid),

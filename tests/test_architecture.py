@@ -57,6 +57,7 @@ OPTIONAL = {
     "keras",
     "onnx2fx",
     "onnxruntime",
+    "onnxscript",  # a dependency, but slow to import
     "openvino",
     "pandas",
     "pyarrow",
@@ -87,6 +88,7 @@ PUBLIC: set[str] = {
     "recover",
     "save",
     "shrink",
+    "sparsify",
     "verify",
 }
 

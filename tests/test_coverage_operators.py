@@ -1,7 +1,10 @@
 """Forms of operators that the coverage table met: each is pruned and equals its masked reference."""
 
+import importlib
 from collections.abc import Mapping
+from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from tinier.edits.base import Plan
 from tinier.edits.slice import Slice, prove, random_inputs
 from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.network import Network
+from tinier.targets.onnx_file import write_onnx
 
 BATCH, LENGTH, WIDTH = 2, 6, 8
 
@@ -228,3 +232,29 @@ def test_placeholders_stay_in_random_inputs() -> None:
     assert found[:, :3].tolist() == [[1, 9, 9]] * 3
     assert set(found[:, 3:].flatten().tolist()) <= {3, 4, 5, 6, 7, 8}
     assert len(found[:, 3:].unique(dim=0)) == 3
+
+
+class Experts(nn.Module):
+    """Rows sorted by expert, one matrix each, by the operator that transformers traces to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(3, 5, WIDTH))
+        self.out = nn.Parameter(torch.randn(3, WIDTH, 4))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        product = torch.ops.transformers.grouped_mm_fallback
+        return product(torch.relu(product(x, self.inner, ends)), self.out, ends)
+
+
+def test_grouped_products_are_written_as_onnx(tmp_path: Path) -> None:
+    importlib.import_module("transformers.integrations.moe")  # registers the operator
+    torch.manual_seed(0)
+    example = {"x": torch.randn(7, 5), "ends": torch.tensor([2, 2, 7], dtype=torch.int32)}
+    network = Network(Experts().eval(), example)
+    write_onnx(network, tmp_path / "experts.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "experts.onnx")
+    for ends in ([2, 2, 7], [0, 7, 7], [3, 5, 7]):
+        inputs = {**example, "ends": torch.tensor(ends, dtype=torch.int32)}
+        (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        torch.testing.assert_close(torch.as_tensor(found), network(inputs)[0])

@@ -58,7 +58,8 @@ def test_the_blocks_of_a_stack_are_its_layers() -> None:
 
 def test_a_plain_chain_has_no_blocks() -> None:
     network = Network(
-        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), {"input": torch.randn(2, 4)}
+        nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 4)),
+        {"input": torch.randn(2, 4)},
     )
     assert found(network) == []
     with pytest.raises(RefusedError, match="no block can be dropped"):

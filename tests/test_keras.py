@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 @keras.saving.register_keras_serializable("tests")
-class Scaled(L.Layer):
+class Scaled(L.Layer):  # type: ignore[name-defined]
     """A user's own layer with a width in its config."""
 
     def __init__(self, width: int, **options: Any) -> None:
@@ -54,7 +54,7 @@ class Scaled(L.Layer):
         return {**super().get_config(), "width": self.width}
 
 
-class Subclassed(keras.Model):
+class Subclassed(keras.Model):  # type: ignore[name-defined]
     """A model that builds its layers itself, from a width in its config."""
 
     def __init__(self, width: int = 12, **options: Any) -> None:
@@ -75,7 +75,7 @@ def sequence(*layers: Any) -> Any:
 
 def nested() -> Any:
     inputs = keras.Input((6, 6, 8))
-    body = L.BatchNormalization()(L.Conv2D(12, 3, padding="same")(inputs))
+    body = L.BatchNormalization()(L.Conv2D(12, 3, padding="same", name="body")(inputs))
     inner = keras.Model(inputs, body, name="inner")
     tail = sequence(keras.Input((12,)), L.Dense(10, activation="relu"), L.Dense(6))
     image = keras.Input((6, 6, 3), name="image")
@@ -135,7 +135,6 @@ MODELS: dict[str, Callable[[], Any]] = {
         L.Conv2D(12, 3), L.Flatten(), L.Dense(10), L.Dense(4),
     ),
     "nested": nested,
-    "shuffle": shuffle,
     "attention": lambda: attention(L.MultiHeadAttention(4, 8, value_dim=6)),
     "grouped queries": lambda: attention(L.GroupQueryAttention(8, 4, 2)),
     "several": several,
@@ -175,7 +174,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         L.RMSNormalization(), L.GlobalAveragePooling1D(), L.Dense(4),
     ),
     "time": lambda: sequence(
-        keras.Input((2, 5, 5, 3)), L.TimeDistributed(L.Conv2D(8, 3)), L.ConvLSTM2D(6, 2),
+        keras.Input((2, 4, 4, 2)), L.TimeDistributed(L.Conv2D(4, 3)), L.ConvLSTM2D(4, 1),
         L.GlobalAveragePooling2D(), L.Dense(4),
     ),
     "generator": lambda: sequence(
@@ -239,16 +238,13 @@ def test_comes_back_as_keras(name: str, tmp_path: Path) -> None:
 def test_config_has_the_new_widths() -> None:
     network = load(build("nested"))
     groups = {group.name: group for group in channel_groups(network.traced).groups}
-    plan = Plan(
-        (Slice.of(groups["stem"], [0, 3, 5]), Slice.of(groups["inner.conv2d"], range(7)))
-        if "inner.conv2d" in groups
-        else (Slice.of(groups["stem"], [0, 3, 5]),)
-    )
+    plan = Plan((Slice.of(groups["stem"], [0, 3, 5]), Slice.of(groups["inner.body"], range(7))))
     smaller = plan.apply(network).module
     assert isinstance(smaller, KerasModule)
     stem = smaller.model.get_layer("stem")
     assert stem.filters == 3 and stem.get_config()["filters"] == 3
-    assert smaller.model.get_layer("inner").input_shape == (None, 6, 6, 3)
+    inner = smaller.model.get_layer("inner")
+    assert inner.input_shape == (None, 6, 6, 3) and inner.get_layer("body").filters == 7
     np.testing.assert_array_equal(
         stem.kernel.value.detach().numpy(),
         network.module.get_parameter("stem.kernel").detach().numpy()[..., [0, 3, 5]],
@@ -262,7 +258,7 @@ def test_heads_and_groups() -> None:
     assert isinstance(smaller, KerasModule)
     layer = next(part for part in smaller.model.layers if "attention" in part.name)
     assert layer.num_heads == 2 and layer.key_dim == 8
-    network = load(build("shuffle"))
+    network = load(stirred(shuffle()))
     grouped = half(network).apply(network).module
     assert isinstance(grouped, KerasModule)
     layer = grouped.model.get_layer("grouped")
@@ -308,14 +304,8 @@ def test_channels_first() -> None:
 
 
 def test_dropout_is_off_in_evaluation_and_on_in_training() -> None:
-    module = load(
-        stirred(sequence(keras.Input((8,)), L.Dense(16), L.Dropout(0.5), L.Dense(2)))
-    ).module
-    x = (
-        {"input_layer": torch.randn(4, 8)}
-        if "input_layer" in module.inputs
-        else {module.inputs[0]: torch.randn(4, 8)}
-    )  # type: ignore[operator, index, union-attr]
+    network = load(stirred(sequence(keras.Input((8,)), L.Dense(16), L.Dropout(0.5), L.Dense(2))))
+    module, x = network.module, network.example
     with torch.no_grad():
         module.eval()
         assert torch.equal(module(**x), module(**x))
@@ -331,11 +321,11 @@ def test_verbs(tmp_path: Path) -> None:
     costs = smaller.as_dict()["macs"]
     assert costs["after"] <= 0.5 * costs["before"]
     # It trains in Keras.
-    before = [variable.value.detach().clone() for variable in smaller.model.trainable_variables]
+    kernels = [v.value for v in smaller.model.trainable_variables if v.name == "kernel"]
+    before = [value.detach().clone() for value in kernels]
     smaller.model.compile(optimizer="sgd", loss="mse")
     smaller.model.fit(np.ones((4, *IMAGE), "float32"), np.ones((4, 4), "float32"), verbose=0)
-    after = [variable.value for variable in smaller.model.trainable_variables]
-    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before, kernels, strict=True))
     # It is saved and rebuilt without its class.
     tinier.save(smaller, tmp_path / "saved")
     again = tinier.load(tmp_path / "saved", into=file)
@@ -367,50 +357,56 @@ def test_copies_are_independent() -> None:
 PLAIN = """
 import sys
 import numpy as np, keras
-assert keras.backend.backend() == "numpy" and "tinier" not in sys.modules
-for name in sys.argv[2:]:
-    model = keras.saving.load_model(f"{sys.argv[1]}/{name}.keras", compile=False)
-    x = np.load(f"{sys.argv[1]}/{name}.npy")
-    np.save(f"{sys.argv[1]}/{name}_y.npy", np.asarray(model.predict(x, verbose=0)))
+assert keras.backend.backend() == sys.argv[1] and "tinier" not in sys.modules
+for name in sys.argv[3:]:
+    model = keras.saving.load_model(f"{sys.argv[2]}/{name}.keras", compile=False)
+    x = np.load(f"{sys.argv[2]}/{name}.npy")
+    np.save(f"{sys.argv[2]}/{name}_y.npy", np.asarray(model.predict(x, verbose=0)))
 """
 
 
-def test_plain_keras_on_another_backend(tmp_path: Path) -> None:
+def in_fresh_process(backend: str, code: str, *arguments: str) -> str:
+    """What Python code prints in a process of its own, with Keras on a backend."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Not OpenVINO, whose backend of Keras is off by 3e-3 on any model.
+@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
+def test_plain_keras_loads_it_on_any_backend(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip(backend)
     wanted: dict[str, Tensor] = {}
-    for name in ("cnn", "nested", "attention"):
+    for name in ("cnn", "text"):
         network = load(build(name))
         smaller = half(network).apply(network)
         write_keras(smaller, tmp_path / f"{name}.keras")
         (example,) = smaller.example.values()
         np.save(tmp_path / f"{name}.npy", example.numpy())
         (wanted[name],) = smaller(smaller.example)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PLAIN, str(tmp_path), *wanted],
-        env={**os.environ, "KERAS_BACKEND": "numpy"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    in_fresh_process(backend, PLAIN, backend, str(tmp_path), *wanted)
     for name, value in wanted.items():
         found = torch.from_numpy(np.load(tmp_path / f"{name}_y.npy"))
         torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
 
 
 def test_other_backend_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
     file = tmp_path / "model.keras"
-    build("cnn").save(file)
-    code = f"import keras, tinier\ntry:\n    tinier.prune({str(file)!r})\nexcept tinier.TinierError as error:\n    print(error)\n"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "KERAS_BACKEND": "numpy"},
-        capture_output=True,
-        text=True,
-        check=False,
+    build("text").save(file)
+    code = (
+        "import sys, keras, tinier\n"
+        "try:\n    tinier.prune(sys.argv[1])\n"
+        "except tinier.TinierError as error:\n    print(error)\n"
     )
-    assert "runs on numpy: set the environment variable KERAS_BACKEND=torch" in done.stdout, (
-        done.stderr
-    )
+    said = in_fresh_process("openvino", code, str(file))
+    assert "runs on openvino: set the environment variable KERAS_BACKEND=torch" in said
 
 
 def rewritten(file: Path, change: Callable[[str, bytes], bytes], **more: bytes) -> None:

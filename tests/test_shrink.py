@@ -399,7 +399,8 @@ def test_known_entries_are_the_same_for_any_input(name: str) -> None:
     with torch.no_grad():
         for p in module.parameters():
             if p.ndim > 1:
-                p.movedim(name == "generator", 0)[: p.shape[name == "generator"] // 2] = 0
+                outputs = int(name == "generator")  # a transposed convolution has its inputs first
+                p.movedim(outputs, 0)[: p.shape[outputs] // 2] = 0
     network = Network(module, built(name).example, name)
     tensors = dict(network.traced.module.named_parameters()) | dict(
         network.traced.module.named_buffers()

@@ -1,18 +1,23 @@
 """Operators of vision, generative and audio networks: each network is cut to half, which proves it against the masked reference."""
 
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from tinier.edits.base import Plan
 from tinier.edits.slice import Slice, prove
-from tinier.graph.axes import Atom, Mismatch, concat, unify
+from tinier.graph.axes import Atom, Mismatch, concat, resolve, unify
 from tinier.graph.groups import channel_groups
 from tinier.graph.macs import Cost, mac_terms
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.network import Network, name_inputs
+from tinier.sources.load import load
 
 
 def half(module: nn.Module, *shape: int, **options: bool) -> tuple[Network, Network]:
@@ -182,6 +187,16 @@ def test_repeated_channels_of_a_given_number() -> None:
     assert weights["out.weight"][1] == 6
 
 
+def test_norms_without_weights_say_their_width() -> None:
+    """Their width is an attribute alone, of which torch warns where it is another than that of what comes in."""
+    layers = [nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 12, 3)]
+    norm = nn.BatchNorm2d(12, affine=False)
+    _, pruned = half(nn.Sequential(*layers, norm, nn.Conv2d(12, 4, 1)), 3, 8, 8)
+    assert isinstance(pruned.module, nn.Sequential)
+    widths = [layer.weight.shape[0] for layer in pruned.module if isinstance(layer, nn.Conv2d)]
+    assert [pruned.module[1].num_features, pruned.module[3].num_features] == widths[:2]
+
+
 class Frames(nn.Module):
     """DNSMOS: overlapping frames of a signal by two views of it, one of them shifted."""
 
@@ -200,7 +215,37 @@ def test_overlapping_frames_end() -> None:
     assert any("given by the network's input" in reason for reason in pins)
 
 
-def test_an_axis_cannot_meet_itself_shifted() -> None:
-    one, long, other = Atom(2), Atom(900), Atom(2)
+def test_an_axis_that_meets_itself_shifted() -> None:
+    """Halves that swap places become one; what overlaps itself has no common form but single positions."""
+    first, second = Atom(8), Atom(8)
+    unify(concat(first, second), concat(second, first))  # rotary embeddings
+    assert resolve(first) is resolve(second)
+    one, many, other = Atom(2), Atom(900), Atom(2)
     with pytest.raises(Mismatch, match="shifted"):
-        unify(concat(one, long), concat(long, other))
+        unify(concat(one, many), concat(many, other))
+
+
+def test_an_onnx_resize_by_scales(tmp_path: Path) -> None:
+    """The scales are floats of a constant, which are numbers of the graph and no data; the batch stays free."""
+    nodes = [
+        helper.make_node("Conv", ["x", "v"], ["a"]),
+        helper.make_node("Resize", ["a", "", "scales"], ["b"], mode="nearest"),
+        helper.make_node("Conv", ["b", "w"], ["y"]),
+    ]
+    tensors = {
+        "v": torch.randn(8, 3, 1, 1).numpy(),
+        "w": torch.randn(2, 8, 1, 1).numpy(),
+        "scales": torch.tensor([1.0, 1, 2, 2]).numpy(),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "resize",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 6, 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2, 12, 12])],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    path = tmp_path / "resize.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    network = load(path, {"x": torch.randn(2, 3, 6, 6)})
+    assert network.traced.batched
+    assert [group.size for group in channel_groups(network.traced).groups] == [8]

@@ -6,7 +6,7 @@ from tinier.inspect import inspect
 from tinier.measure.files import measure_files as measure
 from tinier.search.candidate import Result
 from tinier.shrink import shrink
-from tinier.verbs import Smaller, export, linearize, load, prune, quantize, recover, save
+from tinier.verbs import Smaller, export, linearize, load, prune, quantize, recover, save, sparsify
 from tinier.verify import verify
 from tinier.version import VERSION as __version__
 
@@ -26,5 +26,6 @@ __all__ = [
     "recover",
     "save",
     "shrink",
+    "sparsify",
     "verify",
 ]

@@ -51,8 +51,12 @@ def prune(
         str, typer.Option(help="What leaves first; the documentation's table has the names.")
     ] = "magnitude",
     ranking: Annotated[
-        str, typer.Option(help="global, kind or local: what channels are ranked against.")
-    ] = "global",
+        str | None, typer.Option(help="global, kind or local: what channels are ranked against.")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="Mask single weights instead: unstructured, 2:4 (n of m), 4x1 (blocks)."),
+    ] = None,
     uniform: Annotated[
         bool,
         typer.Option("--uniform", help="The same width in every layer: a standard checkpoint."),
@@ -92,6 +96,7 @@ def prune(
                 data=data,
                 criterion=criterion,
                 ranking=ranking,
+                pattern=pattern,
                 uniform=uniform,
                 rates=_rates(rate),
                 exclude=exclude or (),

@@ -50,6 +50,17 @@ def _set_layers(module: nn.Module, run: Rewriter) -> None:
     groups = _new_groups(run)
     for path, layer in module.named_modules():
         _set_sizes(layer, groups.get(f"{path}.weight" if path else "weight"))
+    _set_plain_norms(dict(module.named_modules()), run)
+
+
+def _set_plain_norms(layers: Mapping[str, Any], run: Rewriter) -> None:
+    """Batch and instance norms without a weight have their width in their module's attribute alone."""
+    for node in run.channels.axes:
+        layer = layers.get(module_path(node)) if node.op == "call_function" else None
+        if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.weight is None:
+            axes = run.of(node)
+            if len(axes) > 1 and layer.num_features == size(axes[1]):
+                layer.num_features = run.size(axes[1])
 
 
 def _new_groups(run: Rewriter) -> dict[str, int]:

@@ -71,13 +71,14 @@ def blocks(traced: Traced, channels: Channels) -> tuple[Block, ...]:
             continue
         own = {str(s.target) for node in nodes for s in node.all_input_nodes if s.op == "get_attr"}
         own = {name for name in own if users[name] <= inside}
-        if own:
+        count = sum(macs.get(node.name, 0.0) for node in nodes)
+        if own and count:  # a norm by itself is no block
             result.append(
                 Block(
                     path,
                     *found,
                     inside,
-                    sum(macs.get(node.name, 0.0) for node in nodes),
+                    count,
                     sum(parameters.get(name, 0.0) for name in own),
                 )
             )

@@ -170,6 +170,8 @@ class _Search:
             for dim, path in [(d, p) for s, d, p in read if s is source]:
                 own &= self._zero(run, source, dim, path, group)
             zeros.append(own)
+        if name in ("slice", "narrow"):  # it takes another part of a concatenation
+            return torch.ones(group.size, dtype=torch.bool), []
         if name == "sum":
             return zeros[0], []
         if name == "scaled_dot_product_attention":

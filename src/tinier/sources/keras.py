@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,17 +56,20 @@ def keras_network(model: Any, example: Example | None, name: str) -> Network:
         raise ModelError(
             f"{name}: the model is not built, its layers have no weights yet; call it once on an example, or give example="
         )
-    if not model.built:
-        tensors = list(example.values()) if isinstance(example, dict) else example
-        given = tensors if isinstance(tensors, Tensor) else [t.detach() for t in tensors or ()]
+    if not model.built and example is not None:
+        values = [example] if isinstance(example, Tensor) else _values(example)
         with torch.no_grad():
-            model(given[0] if isinstance(given, list) and len(given) == 1 else given)
+            model(values[0] if len(values) == 1 else values)
     module = KerasModule(model)
     inputs = invented(module) if example is None else name_inputs(module, example)
     missing = [wanted for wanted in module.inputs if wanted not in inputs]
     if missing:
         raise ModelError(f"{name}: the example lacks the inputs {', '.join(missing)}")
     return free_batch(module, {n: inputs[n].detach().cpu() for n in module.inputs}, name)
+
+
+def _values(example: Example) -> Sequence[Tensor]:
+    return list(example.values()) if isinstance(example, Mapping) else list(example)
 
 
 def invented(module: KerasModule) -> dict[str, Tensor]:

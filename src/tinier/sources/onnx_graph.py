@@ -189,7 +189,7 @@ def _shape_nodes(module: fx.GraphModule) -> set[fx.Node]:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             value = module.get_buffer(str(node.target))
-            if not value.is_floating_point() or value.numel() <= 1:
+            if not value.is_floating_point() or value.numel() <= 1 or _numbers_alone(node):
                 found.add(node)
         elif node.op == "call_function" and node_name(node) in SHAPES:
             found.add(node)
@@ -198,6 +198,14 @@ def _shape_nodes(module: fx.GraphModule) -> set[fx.Node]:
             if not random and all(source in found for source in node.all_input_nodes):
                 found.add(node)
     return found
+
+
+def _numbers_alone(node: fx.Node) -> bool:
+    """Whether a tensor is read as numbers only, as the scales of Resize, which may be fractions."""
+    return bool(node.users) and all(
+        node in [user.args[i] for i in NUMBERS.get(node_name(user), ()) if i < len(user.args)]
+        for user in node.users
+    )
 
 
 def _constants(module: fx.GraphModule, nodes: set[fx.Node]) -> dict[fx.Node, Any]:

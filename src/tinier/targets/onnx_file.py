@@ -1,6 +1,8 @@
 """The ONNX file that ONNX Runtime and OpenVINO read: standard operators, no metadata, free batch size."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -46,6 +48,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
                 opset_version=OPSET,
                 dynamo=True,
                 optimize=True,
+                custom_translation_table=_translations(traced.exported),
                 verbose=False,
             )
     # The exporter's passes raise errors of several packages that have no common base.
@@ -62,6 +65,46 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     except onnx.checker.ValidationError as error:
         raise ModelError(f"{network.name}: the ONNX file would not be valid: {error}") from error
     return model
+
+
+def _translations(program: torch.export.ExportedProgram) -> dict[Any, Callable[..., Any]]:
+    """How the operators of the network that the exporter does not know are written."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    known = {
+        "transformers::grouped_mm_fallback": _grouped_product,
+        "aten::_grouped_mm": _grouped_product,
+        "aten::_is_all_true": _all_true,
+    }
+    return {
+        target: known[target._schema.name]
+        for target in targets
+        if isinstance(target, torch._ops.OpOverload) and target._schema.name in known
+    }
+
+
+def _all_true(self: Any) -> Any:
+    from onnxscript import opset18
+
+    op: Any = opset18
+    least = op.ReduceMin(op.Cast(self, to=onnx.TensorProto.INT64), keepdims=0)
+    return op.Cast(least, to=onnx.TensorProto.BOOL)
+
+
+def _grouped_product(input: Any, weight: Any, offs: Any, *_: Any, **__: Any) -> Any:
+    """y[r] = x[r] wₑ where row r is among those of expert e: each expert's rows are cut out, multiplied and joined."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    ends, zero, start = op.Cast(offs, to=onnx.TensorProto.INT64), op.Constant(value_ints=[0]), None
+    pieces = []
+    for expert in range(weight.shape[0]):
+        here, behind = op.Constant(value_ints=[expert]), op.Constant(value_ints=[expert + 1])
+        end = op.Slice(ends, here, behind, zero)
+        rows = op.Slice(input, zero if start is None else start, end, zero)
+        matrix = op.Squeeze(op.Slice(weight, here, behind, zero), zero)
+        pieces.append(op.MatMul(rows, matrix))
+        start = end
+    return op.Concat(*pieces, axis=0)
 
 
 def _reason(error: BaseException) -> str:

@@ -4,6 +4,17 @@ from tinier.verbs.activations import linearize
 from tinier.verbs.disk import load, save
 from tinier.verbs.pruning import prune
 from tinier.verbs.smaller import Smaller
+from tinier.verbs.sparsity import sparsify
 from tinier.verbs.steps import export, quantize, recover
 
-__all__ = ["Smaller", "export", "linearize", "load", "prune", "quantize", "recover", "save"]
+__all__ = [
+    "Smaller",
+    "export",
+    "linearize",
+    "load",
+    "prune",
+    "quantize",
+    "recover",
+    "save",
+    "sparsify",
+]

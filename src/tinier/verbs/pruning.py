@@ -17,6 +17,7 @@ from tinier.graph.groups import channel_groups
 from tinier.graph.macs import COSTS, Cost
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.methods.depth_pruning import DepthPruning
+from tinier.methods.weight_pruning import WeightPruning
 from tinier.network import Example, Network
 from tinier.recovery.compensation import compensate as fit_again
 from tinier.recovery.loop import recover as train_student
@@ -26,6 +27,7 @@ from tinier.targets.base import targets_for
 from tinier.units import parse_milliseconds
 from tinier.verbs.calibration import batches_of, calibration, few, labelled
 from tinier.verbs.smaller import Smaller, examples_of, network_of
+from tinier.verbs.sparsity import mask_weights
 
 
 def prune(
@@ -42,12 +44,13 @@ def prune(
     rates: Mapping[str, float] | None = None,
     exclude: Sequence[str] = (),
     criterion: Criterion | str | Callable[..., Any] | None = None,
-    ranking: str = "global",
+    ranking: str | None = None,
     uniform: bool = False,
     round_to: int = 8,
     data: Any = None,
     compensate: bool | None = None,
     depth: float = 0,
+    pattern: str | None = None,
     steps: int = 1,
     epochs: float = 0.0,
     seed: int = 0,
@@ -67,12 +70,13 @@ def prune(
         rates: group name or pattern → share of its channels that is kept.
         exclude: patterns of groups or modules that stay.
         criterion: scores the channels: a ``Criterion``, its name, or a function (network, group) → scores; L2 magnitude if None.
-        ranking: "global", "kind" or "local".
+        ranking: what channels are ranked against: "global" (all; the default), "kind" or "local"; masks also know "row", and default to "local".
         uniform: the same width in every layer, so that the result is a standard checkpoint.
         round_to: multiple that widths are rounded to.
         data: examples for criteria that need them and for compensation; labels are used by gradient criteria alone.
         compensate: fit the layers behind what was cut again; None for yes when there is data.
         depth: whole residual blocks leave first: so many from 1 on, below 1 this share of their MACs; ``keep`` counts from the original.
+        pattern: mask single weights instead, which keeps all shapes: "unstructured", "2:4" (n of m), or "4x1" (blocks).
         steps: cut in this many rounds of equal ratio, each of which scores, cuts and recovers.
         epochs: of training towards the original on ``data`` after each round.
         seed: of the order of the examples.
@@ -98,6 +102,16 @@ def prune(
             "steps: rounds need a share, so threshold, rates and max_latency go in one"
         )
     network = network_of(model, example, data)
+    if pattern is not None:
+        masks = WeightPruning(
+            keep=keep,
+            pattern=pattern,
+            threshold=threshold,
+            ranking=ranking or "local",
+            criterion=as_criterion(criterion),
+            exclude=tuple(exclude),
+        )
+        return mask_weights(network, masks, data)
     method = ChannelPruning(
         keep=keep,
         of=of,
@@ -106,7 +120,7 @@ def prune(
         rates=tuple((rates or {}).items()),
         exclude=tuple(exclude),
         criterion=as_criterion(criterion),
-        ranking=ranking,
+        ranking=ranking or "global",
         uniform=uniform,
         round_to=round_to,
     )

@@ -1,0 +1,91 @@
+"""Sparsify: train towards zeros, then remove what became zero."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tinier.edits.base import Plan
+from tinier.errors import InputError
+from tinier.methods.dead_channels import DeadChannels
+from tinier.methods.weight_pruning import WeightPruning
+from tinier.network import Example, Network
+from tinier.recovery.base import Loss, Penalty
+from tinier.recovery.growing import Growing
+from tinier.recovery.loop import recover as train_student
+from tinier.statistics import observe
+from tinier.verbs.calibration import calibration, labelled
+from tinier.verbs.smaller import Smaller, examples_of, network_of
+
+
+def sparsify(
+    model: Any,
+    example: Example | None = None,
+    data: Any = None,
+    *,
+    penalties: Sequence[Penalty],
+    losses: Sequence[Loss] | None = None,
+    epochs: float | None = None,
+    seconds: float | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+) -> Smaller:
+    """Train a network under penalties that drive weights or channels to zero, then cut the channels that got there.
+
+    Args:
+        model: an ``nn.Module``, a path, or what another step gave; never changed.
+        example: example inputs; None where the model brings its own.
+        data: training examples; labels are used by losses of labels alone.
+        penalties: of ``tinier.recovery``: L1, L2, elastic net, slimming, group lasso, growing, soft filters.
+        losses: None for staying near the network's own answers (distillation); ``CrossEntropy()`` for its labels.
+        epochs: passes over the data, or
+        seconds: time to train.
+        lr: the highest learning rate; None for the training loop's own.
+        seed: of the order of the examples.
+
+    Returns:
+        The trained network without its dead channels, or without those that ``Growing`` was given to drive out. Weights that are zero alone
+        stay where they are, as zeros.
+
+    Raises:
+        InputError: there is no data, no penalty, or neither ``epochs`` nor ``seconds``.
+
+    Cost:
+        That of training, and of applying a plan.
+    """
+    if data is None:
+        raise InputError("sparsify needs data to train on")
+    if not penalties:
+        raise InputError("sparsify: penalties are needed, such as GroupLasso(1e-3)")
+    network = network_of(model, example, data)
+    done = train_student(
+        network,
+        network,
+        examples_of(data, network),
+        losses=losses,
+        penalties=penalties,
+        epochs=epochs,
+        seconds=seconds,
+        lr=lr,
+        seed=seed,
+    )
+    grown = [penalty for penalty in penalties if isinstance(penalty, Growing)]
+    plan = sum((g.plan for g in grown), Plan()) if grown else DeadChannels().plan(done.network)
+    smaller = plan.apply(done.network)
+    names = ", ".join(penalty.name for penalty in penalties)
+    note = f"trained for {done.epochs:.2g} epochs in {done.seconds:.0f} s with {names}"
+    before = model.plan if isinstance(model, Smaller) else Plan()
+    original = model.original if isinstance(model, Smaller) else network
+    return Smaller(smaller, original, before + plan, notes=(*smaller.notes, note))
+
+
+def mask_weights(network: Network, method: WeightPruning, data: Any) -> Smaller:
+    """The network with the weights masked that a method chooses; ``data`` is for criteria that need it."""
+    statistics = None
+    needs = method.criterion.weight_needs
+    if needs and data is None:
+        raise InputError(
+            f"criterion {method.criterion.name}: it needs {', '.join(sorted(needs))} of data; give data=…"
+        )
+    if needs:
+        statistics = observe(network, labelled(calibration(data, network), network), needs=needs)
+    plan = method.plan(network, statistics)
+    return Smaller(plan.apply(network), network, plan)
