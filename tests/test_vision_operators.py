@@ -227,9 +227,10 @@ def test_an_axis_that_meets_itself_shifted() -> None:
 
 def test_an_onnx_resize_by_scales(tmp_path: Path) -> None:
     """The scales are floats of a constant, which are numbers of the graph and no data; the batch stays free."""
+    torch_like = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     nodes = [
         helper.make_node("Conv", ["x", "v"], ["a"]),
-        helper.make_node("Resize", ["a", "", "scales"], ["b"], mode="nearest"),
+        helper.make_node("Resize", ["a", "", "scales"], ["b"], mode="nearest", **torch_like),
         helper.make_node("Conv", ["b", "w"], ["y"]),
     ]
     tensors = {
@@ -245,7 +246,9 @@ def test_an_onnx_resize_by_scales(tmp_path: Path) -> None:
         [numpy_helper.from_array(value, name) for name, value in tensors.items()],
     )
     path = tmp_path / "resize.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
+    )
     network = load(path, {"x": torch.randn(2, 3, 6, 6)})
     assert network.traced.batched
     assert [group.size for group in channel_groups(network.traced).groups] == [8]

@@ -5,8 +5,9 @@ import logging
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from tinier.errors import ModelError
 from tinier.graph.capture import DependsOnData, capture, register
+from tinier.graph.record import record
 from tinier.graph.unfuse import unfuse
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -36,17 +38,23 @@ class Traced:
         inputs: names of the placeholders, in the order of the example.
         outputs: name of each tensor that the network returns.
         batched: whether the batch size (dimension 0 of every input) is free in the graph.
+        export: makes ``exported``.
     """
 
     module: fx.GraphModule
-    exported: ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     batched: bool
+    export: Callable[[], ExportedProgram]
+
+    @cached_property
+    def exported(self) -> ExportedProgram:
+        """The same network as a program of torch.export, made when first asked for."""
+        return self.export()
 
 
 def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
-    """The graph of a network in evaluation mode: ``torch.export``, or a recorded run where that fails.
+    """The graph of a network in evaluation mode: recorded runs without values, else ``torch.export``, else a recorded run.
 
     Dimension 0 of each input is the batch and stays free where the model allows it; of integer inputs (token ids and masks)
     every dimension does. Dimensions of size 1 are fixed, and so are pictures' sides and the length of float sequences: many models
@@ -63,23 +71,41 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         ModelError: the network cannot be traced; the message has the line of the model that stopped it.
 
     Cost:
-        Seconds for large graphs; no run of the network and no copy of its parameters, but where torch.export fails.
+        Tenths of a second for a hundred operators, seconds where torch.export is needed; no run of the network and no copy of its
+        parameters, but where torch.export fails.
     """
     _check(module)
     names = tuple(example)
-    result: Any = None
     with evaluating(module):
         try:
-            exported = _export(module, example)
+            with quiet():
+                graph, result = record(module, example, _free)
+        # The user's code runs inside. What stops it here may not stop torch.export, which says why where it does.
+        except Exception:
+            return _by_export(module, example)
+    unfuse(graph)
+
+    def export() -> ExportedProgram:
+        with evaluating(module):
+            return _export(module, example)
+
+    return Traced(graph, names, _names(result), _batched(graph), export)
+
+
+def _by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
+    names = tuple(example)
+    result: Any = None
+    try:
+        exported = _export(module, example)
+        graph = plain(exported.module(check_guards=False), names)
+    # The user's code runs inside, and torch.export has no common base for what stops it.
+    except Exception as error:
+        captured, result = _captured(module, example, error)
+        try:
+            exported = _export(captured, example)
             graph = plain(exported.module(check_guards=False), names)
-        # The user's code runs inside, and torch.export has no common base for what stops it.
-        except Exception as error:
-            captured, result = _captured(module, example, error)
-            try:
-                exported = _export(captured, example)
-                graph = plain(exported.module(check_guards=False), names)
-            except Exception as second:
-                raise _refusal(error, second) from error
+        except Exception as second:
+            raise _refusal(error, second) from error
     unfuse(graph)
     if result is None:
         spec = exported.call_spec.out_spec
@@ -87,13 +113,16 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         returned = list(output.args[0])[-spec.num_leaves :] if spec.num_leaves else []  # type: ignore[arg-type, union-attr]
         values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in returned]
         result = pytree.tree_unflatten(values, spec)
-    batched = all(
+    return Traced(graph, names, _names(result), _batched(graph), lambda: exported)
+
+
+def _batched(graph: fx.GraphModule) -> bool:
+    return all(
         # A symbol may have been found to have one value only: ``len(x)`` in a model fixes it.
         not isinstance(size := node.meta["val"].shape[0], int) and size.node.maybe_as_int() is None
         for node in graph.graph.find_nodes(op="placeholder")
         if node.meta["val"].ndim
     )
-    return Traced(graph, exported, names, _names(result), batched)
 
 
 def _check(module: nn.Module) -> None:

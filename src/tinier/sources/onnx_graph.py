@@ -39,20 +39,10 @@ NUMBERS: dict[str, tuple[int, ...]] = {
     "_topk": (1,),
     "_trilu": (1,),
     "_one_hot": (1,),
+    "_reduce_sum_square": (1,),
     **{
         f"_reduce_{kind}": (1,)
-        for kind in [
-            "sum",
-            "mean",
-            "max",
-            "min",
-            "prod",
-            "l1",
-            "l2",
-            "log_sum",
-            "log_sum_exp",
-            "sum_square",
-        ]
+        for kind in ("sum", "mean", "max", "min", "prod", "l1", "l2", "log_sum", "log_sum_exp")
     },
 }
 SHAPES = ("_get_shape", "_get_size", "_size")

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tinier.errors import DataError
 from tinier.graph.groups import named_tensors
 from tinier.graph.layers import Layer, linear_layer
 from tinier.graph.trace import Traced
+from tinier.statistics.finite import NotFinite, culprit
 
 MOST_ROWS = 2**10  # of a chunk, from which weighted Gram matrices are summed
 
@@ -60,12 +62,19 @@ class Sensitivities(fx.Interpreter):
         self.size = 0
 
     def add(self, inputs: Mapping[str, Tensor], generator: torch.Generator) -> None:
-        """Two runs of the network and one backward."""
+        """Two runs of the network and one backward.
+
+        Raises:
+            DataError: NaN or infinity, with the operator.
+        """
         self.gradients = output_gradients(self.traced, inputs, generator)
         ordered = [inputs[name] for name in self.traced.inputs]
         self.size = len(ordered[0])
-        with torch.no_grad():
-            self.run(*ordered)
+        try:
+            with torch.no_grad():
+                self.run(*(value.clone() for value in ordered))
+        except NotFinite as found:
+            raise DataError(culprit(self.traced.module, ordered, str(found))) from None
 
     def run_node(self, node: fx.Node) -> Any:
         gradient = self.gradients.pop(node, None)
@@ -84,6 +93,8 @@ class Sensitivities(fx.Interpreter):
         weights = squares.sum((0, 2))[index] * (rows / count)
         x = layer.inputs(source, self.tensors[layer.weight], index).double().cpu()
         weighted = x * weights[:, None]
+        if not bool(weighted.isfinite().all()):
+            raise NotFinite(name)
         own = self.sums.get(name)
         if own is None:
             zero = x.new_zeros(x.shape[0], x.shape[2])

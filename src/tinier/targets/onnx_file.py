@@ -70,7 +70,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
 def _translations(program: torch.export.ExportedProgram) -> dict[Any, Callable[..., Any]]:
     """How the operators of the network that the exporter does not know are written."""
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    known = {
+    known: dict[str, Callable[..., Any]] = {
         "transformers::grouped_mm_fallback": _grouped_product,
         "aten::_grouped_mm": _grouped_product,
         "aten::_is_all_true": _all_true,
