@@ -180,6 +180,11 @@ def main() -> None:
     options.add_argument(
         "--out", type=Path, help="JSON file; results/pruning_coverage.json where all rows run"
     )
+    options.add_argument(
+        "--log",
+        type=Path,
+        help="JSON lines: rows are added as they end, and those in it are not run again",
+    )
     given = options.parse_args()
     console = Console(width=WIDTH)
     architectures = chosen(given.only, given.family)
@@ -190,8 +195,15 @@ def main() -> None:
         except PeerError as error:
             console.print(f"without Torch-Pruning: {error}")
 
+    logged = _logged(given.log)
+
     def one(architecture: Architecture) -> dict[str, Any]:
-        row = {"family": architecture.family, "note": architecture.note, **own(architecture.name)}
+        row = logged.get(architecture.name)
+        if row is not None and (python is None or "torch_pruning" in row):
+            return row
+        if row is None:
+            about = {"family": architecture.family, "note": architecture.note}
+            row = {**about, **own(architecture.name)}
         if python is not None:
             script = HERE / "coverage_torch_pruning.py"
             row["torch_pruning"] = run_peer(python, script, {"name": row["name"]}, PEER_SECONDS)
@@ -199,6 +211,9 @@ def main() -> None:
         console.print(
             f"{row['name']}: {state} ({row['seconds']:.0f} s)", highlight=False, markup=False
         )
+        if given.log:
+            with given.log.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
         return row
 
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -208,6 +223,12 @@ def main() -> None:
     path = given.out or (RESULT if everything else None)
     if path is not None:
         path.write_text(json.dumps({"summary": summary(rows), "rows": rows}, indent=1) + "\n")
+
+
+def _logged(log: Path | None) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run by name, the last of each."""
+    lines = log.read_text().splitlines() if log and log.is_file() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
 
 
 if __name__ == "__main__":

@@ -287,6 +287,23 @@ def _stacked(module: nn.Module, stack: list[tuple[str, tuple[str, str]]]) -> Ite
         last.remove()
 
 
+@contextmanager
+def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other tensors in the place of parameters and buffers, put there without the modules' own code taking notice."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for path, part in module.named_modules():
+            for held in (part._parameters, part._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        before.append((held, name, tensor))
+                        held[name] = tensors[f"{path}.{name}" if path else name]
+        yield
+    finally:
+        for held, name, tensor in before:
+            held[name] = tensor
+
+
 class _Runner:
     """Records a network at any sizes of its inputs."""
 
@@ -324,11 +341,12 @@ class _Runner:
             torch.random.fork_rng(devices=[]),
             torch.no_grad(),
             _exporting(),
+            _swapped(self.module, self.own),
             _stacked(self.module, recorder.stack),
             enable_python_dispatcher(),
             recorder,
         ):
-            result = torch.func.functional_call(self.module, self.own, (), inputs)
+            result = self.module(**inputs)
         record = recorder.record
         record.result = result
         for leaf in pytree.tree_leaves(result):
