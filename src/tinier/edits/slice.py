@@ -84,7 +84,8 @@ class Slice(Edit):
         if on_meta(network):
             notes = (NOT_PROVED,)
         else:
-            _prove(network, graph, graph, channels, kept, seed=0)
+            gap = _prove(network, graph, graph, channels, kept, seed=0)
+            notes = (f"equals its masked reference to {gap:.0e} of its largest output",)
         try:
             pruned = _stock(network, graph, channels, kept)
         except ModelError as error:  # a class that is built anew from its config says why it cannot

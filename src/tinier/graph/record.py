@@ -289,19 +289,23 @@ def _stacked(module: nn.Module, stack: list[tuple[str, tuple[str, str]]]) -> Ite
 
 @contextmanager
 def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other tensors in the place of parameters and buffers, put there without the modules' own code taking notice."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    """Other tensors in the place of parameters and buffers; what modules keep of the run in attributes is forgotten afterwards."""
+    before: list[tuple[Any, Any]] = []
+    for part in module.modules():
+        for value in (part.__dict__, *part.__dict__.values()):
+            if type(value) in (dict, list):
+                before.append((value, value.copy()))
     try:
         for path, part in module.named_modules():
             for held in (part._parameters, part._buffers):
                 for name, tensor in held.items():
                     if tensor is not None:
-                        before.append((held, name, tensor))
                         held[name] = tensors[f"{path}.{name}" if path else name]
         yield
     finally:
-        for held, name, tensor in before:
-            held[name] = tensor
+        for value, old in before:
+            value.clear()
+            value.extend(old) if isinstance(value, list) else value.update(old)
 
 
 class _Runner:
@@ -501,7 +505,8 @@ class _Builder:
             node.meta["val"] = self._val(tuple(size), None, tensor.dtype)
         for index, dims in enumerate(self.groups):
             name, dim = dims[0]
-            node = self.graph.call_function(aten.sym_size.int, (self.names[name], dim))
+            given = (self.names[name], dim)
+            node = self.graph.create_node("call_function", aten.sym_size.int, given, {}, "sym_size_int")
             node.meta["val"] = self.symbols[index]
             self.sym_nodes.append(node)
             self.numbers[Size(0, 1, (index,))] = self.symbols[index], node
@@ -517,7 +522,8 @@ class _Builder:
             raise Unclear(f"{first.func} is not there at other sizes")
         args = self._merged([step.args for step in steps])
         kwargs = self._merged([step.kwargs for step in steps])
-        node = self.graph.call_function(first.func, args, kwargs)
+        kind = getattr(first.func, "overloadpacket", first.func).__name__
+        node = self.graph.create_node("call_function", first.func, args, kwargs, kind)
         if first.stack:
             node.meta["nn_module_stack"] = dict(first.stack)
         vals = [

@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from tinier.edits.base import Plan
 from tinier.edits.config import standard
 from tinier.edits.quantize import Quantize
-from tinier.errors import InputError
+from tinier.errors import InputError, OutputError
+from tinier.graph import archive
+from tinier.modules.keras import KerasModule
 from tinier.network import Example
 from tinier.output import check_output, whole
 from tinier.report.folder import COMPANIONS, PLAN, WEIGHTS, save_weights
+from tinier.sources.keras import write_keras
 from tinier.targets.onnxruntime import OnnxRuntime
 from tinier.verbs.smaller import Smaller, network_of
 
@@ -27,9 +30,24 @@ def save(smaller: Smaller, folder: str | Path) -> None:
     A model of transformers that its config alone describes comes with its config and tokenizer: ``from_pretrained`` loads the folder
     without tinier.
 
+    Args:
+        smaller: what another step gave.
+        folder: to make; or a file that needs no class: ``….pt2``, the traced graph with its weights, or ``….keras`` for Keras models.
+
     Raises:
         OutputError: the folder exists and was not made by tinier, or cannot be written.
+        InputError: a ``.keras`` file of what is no Keras model.
     """
+    network = smaller.trainable or smaller.network
+    if str(folder).endswith((".pt2", ".keras")):
+        file = Path(folder)
+        if not file.absolute().parent.is_dir():
+            raise OutputError(f"{file}: the folder {file.parent} does not exist; make it first")
+        if file.suffix == ".keras":
+            write_keras(network, file)
+        else:
+            archive.write(network.traced, network.example, file)
+        return
     path = check_output(folder, lambda found: {p.name for p in found.iterdir()} <= OURS)
     with whole(path) as made:
         write_parts(smaller, made)
@@ -62,6 +80,10 @@ def write_all(smaller: Smaller, folder: str | Path) -> None:
         network = smaller.network
         target = OnnxRuntime()
         refusal = target.refuses(network)
+        if isinstance(network.module, KerasModule):
+            write_keras(network, made / "model.keras")
+        else:
+            archive.write(network.traced, network.example, made / "model.pt2")
         if refusal is None:
             artifact = target.lower(network, made)
             usage = f"```python\n{target.usage(artifact, network)}\n```"
@@ -79,15 +101,16 @@ def _readme(smaller: Smaller, usage: str) -> str:
 
 {usage}
 
+`model.pt2`, where there is one, is the network for torch without its class: `tinier.load("model.pt2").model` can be trained on.
 `plan.json` and `model.safetensors` are what `tinier.load(folder, into=model)` rebuilds the network from, to train on.
 """
 
 
-def load(folder: str | Path, into: Any, example: Example | None = None) -> Smaller:
+def load(folder: str | Path, into: Any = None, example: Example | None = None) -> Smaller:
     """Rebuild the smaller float network from a folder that ``save`` or ``compress`` wrote.
 
     Args:
-        folder: has ``plan.json`` and ``model.safetensors``.
+        folder: has ``plan.json`` and ``model.safetensors``; or a ``.pt2`` or ``.keras`` file, which need no class.
         into: the original model: an ``nn.Module`` of the same class and sizes, or the path that it came from.
         example: example inputs.
 
@@ -95,6 +118,13 @@ def load(folder: str | Path, into: Any, example: Example | None = None) -> Small
         InputError: the folder has no plan, or it does not fit the model.
     """
     folder = Path(folder)
+    if folder.suffix in (".pt2", ".keras") and into is None:
+        network = network_of(folder, example)
+        return Smaller(network, network, Plan())
+    if into is None:
+        raise InputError(
+            f"{folder}: the original model is needed: load(folder, into=model); a .pt2 file needs none"
+        )
     for name in (PLAN, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}; name a folder that save or compress wrote")

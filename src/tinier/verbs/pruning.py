@@ -70,7 +70,8 @@ def prune(
         rates: group name or pattern → share of its channels that is kept.
         exclude: patterns of groups or modules that stay.
         criterion: scores the channels: a ``Criterion``, its name, or a function (network, group) → scores; L2 magnitude if None.
-        ranking: what channels are ranked against: "global" (all; the default), "kind" or "local"; masks also know "row", and default to "local".
+        ranking: what channels are ranked against: "global" (all others; the default), "kind" or "local"; for masks also "row", and "local" is
+            the default.
         uniform: the same width in every layer, so that the result is a standard checkpoint.
         round_to: multiple that widths are rounded to.
         data: examples for criteria that need them and for compensation; labels are used by gradient criteria alone.
