@@ -20,10 +20,21 @@ FAMILIES = [
     ("Methods", "methods", "base", "Method"),
     ("Criteria", "criteria", "base", "Criterion"),
     ("Losses", "recovery", "base", "Loss"),
+    ("Penalties", "recovery", "base", "Penalty"),
     ("Data readers", "data", "reader", "Reader"),
     ("Sources", "sources", "base", "Source"),
 ]
-MODULES = ["compress", "verbs", "inspect", "verify", "measure.files:measure_files"]
+# A module (all its public functions), a package (those that it names), or one function of either.
+MODULES = [
+    "compress",
+    "verbs",
+    "shrink:shrink",
+    "inspect",
+    "verify",
+    "measure.files:measure_files",
+    "statistics",
+    "recovery.compensation:compensate",
+]
 
 
 def page() -> str:
@@ -50,7 +61,8 @@ def _signatures() -> Iterator[str]:
         path, _, only = entry.partition(":")
         module = importlib.import_module(f"tinier.{path}")
         for name, item in list(vars(module).items()):
-            own = inspect.isfunction(item) and item.__module__ == module.__name__
+            listed = name in getattr(module, "__all__", ())
+            own = inspect.isfunction(item) and (listed or item.__module__ == module.__name__)
             if own and name[0] != "_" and only in ("", name):
                 where = "tinier" if getattr(tinier, name, None) is item else module.__name__
                 text = f"{_signature(item)}\n\n{inspect.getdoc(item)}"

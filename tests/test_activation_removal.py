@@ -29,12 +29,11 @@ def seen(network: Network, x: Tensor) -> Statistics:
 def mlp() -> Network:
     """The first ReLU sees positive values only, the second both signs."""
     torch.manual_seed(0)
-    module = nn.Sequential(
-        nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
-    )
+    first, second = nn.Linear(4, 16), nn.Linear(16, 16)
+    module = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(16, 3))
     with torch.no_grad():
-        module[0].bias += 100
-        module[2].bias -= module[2](torch.relu(module[0](torch.zeros(4))))
+        first.bias.add_(100)
+        second.bias.sub_(second(torch.relu(first(torch.zeros(4)))))
     return Network(module, {"input": torch.randn(4, 4)})
 
 
@@ -143,8 +142,8 @@ def test_what_cannot_be_merged_is_no_pair() -> None:
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=1)
     )  # zeros are not what goes on there
     grouped = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 4, 1))
-    for module in (padded, grouped):
-        network = Network(module, {"input": torch.randn(2, module[0].in_channels, 9, 9)})  # type: ignore[arg-type]
+    for module, channels in ((padded, 3), (grouped, 4)):
+        network = Network(module, {"input": torch.randn(2, channels, 9, 9)})
         assert not list(neighbours(network.traced))
         with pytest.raises(RefusedError, match="no neighbours"):
             Plan((Merge("0.weight", "1.weight"),)).apply(network)

@@ -23,7 +23,7 @@ from tinier.methods.channel_pruning import ChannelPruning
 from tinier.network import Network
 from tinier.sources.load import load
 
-SIZES = {"keep": 0.6, "round_to": 1}
+SIZES: dict[str, Any] = {"keep": 0.6, "round_to": 1}
 
 
 class Small(nn.Module):

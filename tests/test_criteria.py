@@ -295,6 +295,11 @@ def test_gradients_by_brute_force(small: Any) -> None:
     close(of(OBD(), network, group, x, y), by_hidden(damage, bias=True))
 
 
+def halved_squares(outputs: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+    assert labels is not None
+    return 0.5 * (outputs[0] - labels).square().sum(1).mean()
+
+
 def test_losses_that_fit_the_labels(small: Any) -> None:
     """Values get half the squared error; a loss of the user's own replaces it; both against autograd."""
     module, network, _, x, _ = small
@@ -308,7 +313,7 @@ def test_losses_that_fit_the_labels(small: Any) -> None:
         network,
         [({"x": x}, values)],
         ["gradients"],
-        loss=lambda outputs, labels: 0.5 * (outputs[0] - labels).square().sum(1).mean(),
+        loss=halved_squares,
     )
     close(own.gradients["fc2.weight"], mean)
     assert given.labels == "given"
@@ -522,8 +527,10 @@ def test_streaming_equals_one_batch(name: str, monkeypatch: pytest.MonkeyPatch) 
                     scale = float(left.abs().max())
                     torch.testing.assert_close(right, left, rtol=1e-4, atol=1e-5 * scale + 1e-9)
         for key in other.histograms:
-            one, two = whole.histograms[key].entropy(16), other.histograms[key].entropy(16)
-            torch.testing.assert_close(one, two, rtol=0.05, atol=0.05)  # rounding may cross a bin
+            left, right = whole.histograms[key].entropy(16), other.histograms[key].entropy(16)
+            torch.testing.assert_close(
+                left, right, rtol=0.05, atol=0.05
+            )  # rounding may cross a bin
 
 
 def vars_of(value: Any) -> list[Tensor]:

@@ -24,8 +24,8 @@ class Layer(nn.Module):
         self.inner = nn.Linear(6, 12)
         self.outer = nn.Linear(12, 6)
         with torch.no_grad():
-            self.outer.weight *= scale
-            self.outer.bias *= scale
+            self.outer.weight.mul_(scale)
+            self.outer.bias.mul_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.outer(self.inner(x).relu())
@@ -94,13 +94,14 @@ def test_the_class_and_its_list_stay() -> None:
     network = stack(1.0, 0.5, 1.0, 0.1)
     before = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
     shallow = DepthPruning(keep=0.5).plan(network).apply(network)
+    original: Any = network.module
     module: Any = shallow.module
     assert isinstance(module, Stack) and len(module.layers) == 2
     x = torch.randn(3, 6)
     expected = x
-    for layer in (network.module.layers[0], network.module.layers[2]):  # type: ignore[index,union-attr]
+    for layer in (original.layers[0], original.layers[2]):
         expected = layer(expected)
-    torch.testing.assert_close(shallow({"x": x})[0], network.module.head(expected).detach())  # type: ignore[operator,union-attr]
+    torch.testing.assert_close(shallow({"x": x})[0], original.head(expected).detach())
     assert all(
         torch.equal(before[name], tensor) for name, tensor in network.module.state_dict().items()
     )

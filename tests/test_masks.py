@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -285,7 +286,7 @@ class TestMask:
         masked = plan.apply(network)
         with torch.no_grad():
             for p in masked.module.parameters():
-                p += 0.01  # as if it had been trained
+                p.add_(0.01)  # as if it had been trained
         save_weights(masked, tmp_path / "model.safetensors")
         again = Plan.from_json(plan.to_json()).apply(build("vit", seed=5))
         again.module.load_state_dict(load_file(tmp_path / "model.safetensors"))
@@ -324,7 +325,7 @@ class TestWeightPruning:
         plan = WeightPruning(keep=0.3).plan(network)
         for edit in plan.edits:
             assert isinstance(edit, Mask)
-            layer = copy.deepcopy(
+            layer: Any = copy.deepcopy(
                 network.module.get_submodule(edit.parameter.removesuffix(".weight"))
             )
             nn.utils.prune.l1_unstructured(layer, "weight", 0.7)

@@ -154,7 +154,7 @@ def experts_by_one_hot(m: Any, x: Tensor) -> Tensor:
 
 EXPERTS: Parts = {"a": lin(6, 8), "gate": lin(6, 6), "up": rand(6, 8, 10), "down": rand(6, 10, 8)}
 EXPERTS["b"] = lin(8, 4)
-QKV: Parts = {name: lin(6, 8) for name in "qkv"} | {"out": lin(8, 4)}
+QKV: Parts = {**{name: lin(6, 8) for name in "qkv"}, "out": lin(8, 4)}
 
 # Name → parts, function, shape without the batch, (kind, size) of each group.
 CASES: dict[str, tuple[Parts, Callable[[Any, Tensor], Any], tuple[int, ...], list[tuple[str, int]]]]

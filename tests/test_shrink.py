@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def same(smaller: Smaller, model: nn.Module) -> None:
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(scale, 1e-6))
 
 
-def zero(module: nn.Module, *places: tuple[str, object]) -> None:
+def zero(module: nn.Module, *places: tuple[str, Any]) -> None:
     with torch.no_grad():
         for name, index in places:
             dict(module.named_parameters())[name][index] = 0

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -171,7 +171,8 @@ class TestGradients:
         assert loss is not None
         loss.backward()
         assert all(v.grad is None or bool(v.grad.isfinite().all()) for v in p.values())
-        assert not p["fc1.weight"].grad[3].any()
+        gradient = p["fc1.weight"].grad
+        assert gradient is not None and not gradient[3].any()
 
     @pytest.mark.parametrize("name", NETWORKS)
     def test_channel_norms_are_those_of_what_is_cut(self, name: str) -> None:
@@ -252,7 +253,7 @@ class TestTraining:
         assert accuracy(smaller.network) == accuracy(sparse) > 0.95
 
     def test_l1_makes_more_small_weights(self, cnn: Network) -> None:
-        options = {"losses": [CrossEntropy()], "epochs": 5, "batch": 32}
+        options: dict[str, Any] = {"losses": [CrossEntropy()], "epochs": 5, "batch": 32}
         small = {}
         for strength in (0.0, 5e-3):
             result = recover(cnn, cnn, data(), penalties=[L1(strength)], **options)

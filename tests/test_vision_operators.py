@@ -1,6 +1,7 @@
 """Operators of vision, generative and audio networks: each network is cut to half, which proves it against the masked reference."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -20,7 +21,7 @@ from tinier.network import Network, name_inputs
 from tinier.sources.load import load
 
 
-def half(module: nn.Module, *shape: int, **options: bool) -> tuple[Network, Network]:
+def half(module: nn.Module, *shape: int, **options: Any) -> tuple[Network, Network]:
     """A network with random parameters, and what pruning to half of its MACs makes of it."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -141,6 +142,8 @@ def test_a_view_written_in_place_changes_its_base_in_the_reference() -> None:
 
 class Diagonal(nn.Module):
     """diffusers' UNet1D: a kernel is written along the diagonal of a filter."""
+
+    kernel: Tensor
 
     def __init__(self) -> None:
         super().__init__()

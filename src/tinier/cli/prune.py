@@ -48,8 +48,11 @@ def prune(
         ),
     ] = None,
     criterion: Annotated[
-        str, typer.Option(help="What leaves first; the documentation's table has the names.")
-    ] = "magnitude",
+        str | None,
+        typer.Option(
+            help="What leaves first, by name; reconstruction with data and magnitude without if not given."
+        ),
+    ] = None,
     ranking: Annotated[
         str | None, typer.Option(help="global, kind or local: what channels are ranked against.")
     ] = None,

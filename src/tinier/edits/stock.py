@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from tinier.edits.config import EXPERTS, KEY_HEADS, QUERY_HEADS, set_config, stored
 from tinier.edits.rewrite import Kept, Rewriter, cut_copy, kept_along
 from tinier.edits.stock_keras import keras_modules
+from tinier.edits.stock_sizes import set_sizes
 from tinier.graph.axes import size
 from tinier.graph.groups import Channels
 from tinier.graph.macs import module_path
@@ -35,14 +36,18 @@ def stock_modules(module: nn.Module, channels: Channels, kept: Kept) -> Iterable
         yield from keras_modules(module, channels, kept)
         return
     run = Rewriter(channels, kept)
-    for ambiguous in (False, True):
+    # By names that the field knows, then by the sizes that operators work with.
+    for ambiguous, sizes in ((False, None), (True, None), (False, True), (False, False)):
         for config in (True, False):
             candidate = cut_copy(module, kept_along(channels, kept))
-            _set_layers(candidate, run)
-            _set_heads(candidate, channels, run, ambiguous)
-            _set_experts(candidate, channels, run)
             if config and not set_config(candidate, channels, run):
                 continue
+            _set_layers(candidate, run)
+            if sizes is None:
+                _set_heads(candidate, channels, run, ambiguous)
+                _set_experts(candidate, channels, run)
+            else:
+                set_sizes(candidate, run, sizes)
             yield candidate
 
 

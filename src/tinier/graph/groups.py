@@ -166,9 +166,9 @@ def channel_groups(traced: Traced) -> Channels:
 
 def _spatial(axes: list[Axis]) -> bool:
     """Whether dimensions of a parameter (after the second; in Keras before the last two) are a kernel's extent."""
-    return all(why.reason == KERNEL for axis in axes for atom in atoms(axis) for why in atom.pins[:1]) and all(
-        atom.pins for axis in axes for atom in atoms(axis)
-    )
+    return all(
+        why.reason == KERNEL for axis in axes for atom in atoms(axis) for why in atom.pins[:1]
+    ) and all(atom.pins for axis in axes for atom in atoms(axis))
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, Tensor]:

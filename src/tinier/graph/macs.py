@@ -120,7 +120,9 @@ def _einsum(channels: Channels, node: fx.Node) -> list[list[Axis]]:
     for place in range(1, len(inputs)):
         used = dict.fromkeys(have + inputs[place])
         result.append([known[name] for name in used])
-        have = "".join(name for name in used if name in output or name in "".join(inputs[place + 1 :]))
+        have = "".join(
+            name for name in used if name in output or name in "".join(inputs[place + 1 :])
+        )
     return result
 
 
@@ -243,7 +245,10 @@ def describe(
         if own or counts.get(node.name):
             shape = tuple(d if isinstance(d, int) else 0 for d in value.shape)
             path = module_path(node) or node.name
-            names = [node.name, *(str(s.target) for s in node.all_input_nodes if s.op == "get_attr")]
+            names = [
+                node.name,
+                *(str(s.target) for s in node.all_input_nodes if s.op == "get_attr"),
+            ]
             share = next((left[name] for name in names if name in left), 1.0)
             count = counts.get(node.name, 0)
             rows.append(Row(path, operator_name(node), shape, own, count, share))

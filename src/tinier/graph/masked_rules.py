@@ -291,7 +291,9 @@ def _attention(run: Run, node: fx.Node) -> Any:
     logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     mask = run.value(node, 3, "attn_mask")
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        logits = (
+            logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        )
     if run.value(node, 5, "is_causal", False):
         logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -torch.inf)
     logits = logits.masked_fill(~kept.transpose(-1, -2), -torch.inf)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from tinier.errors import ModelError
 from tinier.graph.capture import DependsOnData, capture, register
-from tinier.graph.record import record
+from tinier.graph.fast import record
 from tinier.graph.unfuse import unfuse
 
 _TORCH = str(Path(torch.__file__).parent)

@@ -49,7 +49,8 @@ class ChannelPruning(Method):
         uniform: whether the groups that play the same part in every layer keep the same width, as a standard checkpoint needs.
         round_to: widths become multiples of this where the target allows it, of less in narrow groups; runtimes like 8.
         min_keep: the smallest share of a group's channels that stays.
-        cost_weight: 0 ranks by score alone, 1 by score for each unit of cost.
+        cost_weight: 0 ranks by score alone, 1 by score for each unit of cost; None for 0.5 with scores that mean the same in every
+            group, else 0.
         normalised: whether groups that a layer norm, RMS norm or softmax runs over, as over the residual width of a transformer, are cut;
             None cuts them where the cost cannot be met without.
         head_dims: whether the size of attention heads is cut; None where the cost cannot be met by cutting heads and neurons.
@@ -74,7 +75,7 @@ class ChannelPruning(Method):
     uniform: bool = False
     round_to: int = 8
     min_keep: float = 0.1
-    cost_weight: float = 0.0
+    cost_weight: float | None = None
     normalised: bool | None = None
     head_dims: bool | None = None
 
@@ -203,7 +204,7 @@ class ChannelPruning(Method):
                 count = max(round(share * knob.size / step) * step, knob.floor)
                 wanted |= knob.at(min(count, knob.size))
             return wanted | fixed
-        # A resort is enough when no group falls to less than half of what the whole keeps; the last one goes as far as it must.
+        # A resort is enough when no group would have to fall below half of what the whole keeps; the last one goes as far as it must.
         for resort in RESORTS:
             groups = [
                 g for g in open_groups if g.kind not in RESORTS[-1] - resort or self._asked(g)
@@ -211,15 +212,15 @@ class ChannelPruning(Method):
             if not groups:
                 continue
             last = len(groups) == len(open_groups)
-            least = self.min_keep if last else max(self.min_keep, share / 2)
-            knobs = self._knobs(network, channels, groups, ranks, least)
-            widths = allocate(knobs, cost, budget, self.round_to)
-            if widths is not None:
-                return widths | fixed
+            half = self._knobs(network, channels, groups, ranks, max(self.min_keep, share / 2))
+            knobs = self._knobs(network, channels, groups, ranks, self.min_keep)
+            if last or cost.at(_lowest(half)) <= budget:
+                widths = allocate(knobs, cost, budget, self.round_to)
+                if widths is not None:
+                    return widths | fixed
             if last:
                 break
-        lowest = {a: n for knob in knobs for a, n in knob.at(knob.floor).items()}
-        least = cost.at(lowest) / whole
+        least = cost.at(_lowest(knobs)) / whole
         raise RefusedError(
             f"{network.name}: {share:.1%} of the {self.of} was asked for, the least possible with at least "
             f"{self.min_keep:.0%} of each group is {least:.1%}. {why(channels)}"
@@ -234,11 +235,14 @@ class ChannelPruning(Method):
         """Atom → (size,) ranks in descending order: how soon the n-th best channel of the group leaves."""
         saved = [max(-cost.change({}, group.atom, 0), 1.0) for group in groups]
         mean = sum(saved) / len(saved)
+        exponent = self.cost_weight
+        if exponent is None:
+            exponent = 0.5 if self.criterion.comparable else 0.0
         result = {}
         for group, saves in zip(groups, saved, strict=True):
             score = scores[group.name]
             average = 1.0 if self.criterion.comparable else float(score.mean().clamp(min=1e-30))
-            weight = (saves / mean) ** self.cost_weight
+            weight = (saves / mean) ** exponent
             result[group.atom] = (score / average / weight).sort(descending=True).values
         if self.ranking == "local":
             return {group.atom: _places(result[group.atom]) for group in groups}
@@ -274,6 +278,10 @@ class ChannelPruning(Method):
             )
             result.append(Knob(bundle, mean.mean(0), min(floor, size)))
         return result
+
+
+def _lowest(knobs: list[Knob]) -> dict[Atom, int]:
+    return {atom: width for knob in knobs for atom, width in knob.at(knob.floor).items()}
 
 
 def _places(ranks: Tensor) -> Tensor:

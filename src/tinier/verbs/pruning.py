@@ -8,6 +8,7 @@ import psutil
 
 from tinier.criteria.base import Criterion
 from tinier.criteria.choose import as_criterion
+from tinier.criteria.reconstruction import Reconstruction
 from tinier.data.base import Examples
 from tinier.edits.base import Plan
 from tinier.edits.config import standard
@@ -69,9 +70,10 @@ def prune(
         threshold: cut whatever ranks at or below it instead.
         rates: group name or pattern → share of its channels that is kept.
         exclude: patterns of groups or modules that stay.
-        criterion: scores the channels: a ``Criterion``, its name, or a function (network, group) → scores; L2 magnitude if None.
-        ranking: what channels are ranked against: "global" (all others; the default), "kind" or "local"; for masks also "row", and "local" is
-            the default.
+        criterion: scores the channels: a ``Criterion``, its name, or a function (network, group) → scores; None for
+            reconstruction with data and L2 magnitude without.
+        ranking: what channels are ranked against: "global" (all others), "kind" or "local"; for masks also "row". None for global, for
+            masks local.
         uniform: the same width in every layer, so that the result is a standard checkpoint.
         round_to: multiple that widths are rounded to.
         data: examples for criteria that need them and for compensation; labels are used by gradient criteria alone.
@@ -120,7 +122,9 @@ def prune(
         threshold=threshold,
         rates=tuple((rates or {}).items()),
         exclude=tuple(exclude),
-        criterion=as_criterion(criterion),
+        criterion=as_criterion(
+            Reconstruction() if criterion is None and data is not None else criterion
+        ),
         ranking=ranking or "global",
         uniform=uniform,
         round_to=round_to,
