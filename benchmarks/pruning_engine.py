@@ -105,6 +105,7 @@ def on_meta(layers: int, width: int, everything: bool) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "parameters": sum(p.numel() for p in module.parameters()),
         "operators": len(network.traced.module.graph.nodes),
+        "by_export": network.traced.by_export,
         "imported_megabytes": imported,
         "peak_megabytes": megabytes(),
     }
@@ -147,6 +148,7 @@ def ours(name: str) -> dict[str, Any]:
         "without_proof": steps["trace"] + steps["plan"] + steps["cut"],
         "with_proof": steps["trace"] + steps["plan"] + steps["apply"],
         "class": type(smaller.module).__name__,
+        "by_export": traced.by_export,
     }
 
 
@@ -196,7 +198,8 @@ def main() -> None:
         for step in ("without_proof", "with_proof"):
             ratio = f"{other / row[step]:.2f}×" if other else "-"
             table.add_row(name, step, f"{row[step]:.2f}", f"{other:.2f}" if other else "-", ratio)
-        table.add_row(name, "of it torch.export", f"{row['seconds']['trace']:.2f}", "", "")
+        how = "torch.export" if row["by_export"] else "the recording"
+        table.add_row(name, f"of it {how}", f"{row['seconds']['trace']:.2f}", "", "")
     console.print(table)
     if not options.quick:
         RESULTS.write_text(json.dumps(result, indent=1))
@@ -223,6 +226,7 @@ def against(names: tuple[str, ...], runs: int) -> dict[str, Any]:
             "without_proof": statistics.median(m["without_proof"] for m in mine),
             "with_proof": statistics.median(m["with_proof"] for m in mine),
             "class": mine[0]["class"],
+            "by_export": mine[0]["by_export"],
             "torch_pruning": statistics.median(theirs) if theirs else None,
             "torch_pruning_answer": answer,
         }

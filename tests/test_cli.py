@@ -76,7 +76,11 @@ BROKEN: list[tuple[str, Callable[[Path], Any], str]] = [
     ("text.onnx", lambda p: p.write_text("no model at all"), "text.onnx"),
     ("model.pt", lambda p: torch.save({"w": torch.zeros(2)}, p), "safetensors.torch.save_file"),
     ("model.pkl", lambda p: p.write_bytes(pickle.dumps({})), "pickle checkpoints are never loaded"),
-    ("model.tflite", lambda p: p.write_text("x"), "give an .onnx file or a Hugging Face directory"),
+    (
+        "model.tflite",
+        lambda p: p.write_text("x"),
+        "give an .onnx file, a .keras file or a Hugging Face directory",
+    ),
     ("folder", lambda p: p.mkdir(), "config.json"),
 ]
 

@@ -223,7 +223,7 @@ def test_comes_back_as_keras(name: str, tmp_path: Path) -> None:
     plan = half(network)
     assert plan.edits
     smaller = plan.apply(network)
-    assert not smaller.notes
+    assert [note[:30] for note in smaller.notes] == ["equals its masked reference to"]
     assert isinstance(smaller.module, KerasModule) and type(smaller.module.model) is type(model)
     assert prove(network, smaller, plan) <= 1e-5
     for variable, value in zip(model.variables, before, strict=True):
@@ -285,7 +285,7 @@ def test_what_keras_cannot_rebuild_comes_back_as_graph(tmp_path: Path) -> None:
     plan = half(network)
     smaller = plan.apply(network)
     assert isinstance(smaller.module, torch.fx.GraphModule)
-    assert "traced graph" in smaller.notes[0]
+    assert any("traced graph" in note for note in smaller.notes)
     assert prove(network, smaller, plan) <= 1e-5
     with pytest.raises(ModelError, match="no Keras model: what is left is the traced graph"):
         write_keras(smaller, tmp_path / "small.keras")

@@ -268,6 +268,10 @@ class FakeWorkshop:
         self.train = None
         self.batch, self.seed, self.threads = 1, 0, 1
         self.lowered: list[Candidate] = []
+        self.compensated: list[float] = []
+
+    def compensate(self, keep: float) -> None:
+        self.compensated.append(keep)
 
     def refine(self, candidate: Candidate) -> bool:
         return False
@@ -329,9 +333,11 @@ COSTS: dict[tuple[str, float, str], tuple[float, int] | str] = {
 
 
 def test_the_speed_gate_comes_before_any_quality(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, judge = search(monkeypatch, FakeWorkshop(COSTS), Limits(0.01))
+    shop = FakeWorkshop(COSTS)
+    made, judge = search(monkeypatch, shop, Limits(0.01))
     table = made.run()
     found = {FakeWorkshop.key(c): c for c in table}
+    assert set(shop.compensated) == {0.5, 0.25}  # nor any fitting
     for keep, ranges, ms in ((0.75, "", "2.2"), (0.75, "minmax", "2.5")):
         dropped = found["onnxruntime", keep, ranges]
         assert dropped.status == "dropped" and dropped.quality is None

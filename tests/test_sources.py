@@ -398,16 +398,17 @@ def test_onnx_of_an_encoder_keeps_batch_and_length_free(tmp_path: Path, way: str
     assert network.traced.batched and not network.notes
     assert len([n for n, _ in network.module.named_parameters() if "query" in n]) >= 2
     pruned = ChannelPruning(keep=0.5).plan(network, None).apply(network)
-    statistics = collect(pruned, [dict(pruned.example)])
-    quantized = StaticQuantization().plan(pruned, statistics).apply(pruned)
     write_onnx(pruned, tmp_path / "again.onnx")
-    write_onnx(quantized, tmp_path / "quantized.onnx")
     runs = [
         (module, path, 1e-4),
         (network.traced.module, path, 1e-4),
         (pruned.traced.module, tmp_path / "again.onnx", 1e-4),
-        (quantized.traced.module, tmp_path / "quantized.onnx", 0.2),
     ]
+    if way == "old":
+        statistics = collect(pruned, [dict(pruned.example)])
+        quantized = StaticQuantization().plan(pruned, statistics).apply(pruned)
+        write_onnx(quantized, tmp_path / "quantized.onnx")
+        runs.append((quantized.traced.module, tmp_path / "quantized.onnx", 0.2))
     for run, file, tolerance in runs:
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         for batch, length in ((1, 16), (3, 5)):
@@ -591,7 +592,7 @@ def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has weights but not the network"):
         load(tmp_path / "w.safetensors")
     (tmp_path / "m.keras").write_bytes(b"x")
-    with pytest.raises(ModelError, match="not read yet"):
+    with pytest.raises(ModelError, match=r"not a \.keras file, which is a zip archive"):
         load(tmp_path / "m.keras")
     with pytest.raises(ModelError, match="no such file"):
         load("nowhere/model.pt")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from networks import NETWORKS, build
 from tinier.errors import ModelError
 from tinier.graph import trace as tracing
 from tinier.graph.capture import DependsOnData, capture
@@ -406,3 +407,95 @@ def test_a_network_that_changes_its_buffers_answers_the_same_every_time() -> Non
 def test_data_dependence_is_an_error_of_its_own() -> None:
     with pytest.raises(DependsOnData):
         capture(Number().eval(), {"x": torch.randn(3, 6)}, [])
+
+
+def skeleton(traced: Traced) -> list[str]:
+    """The operators but for slices of everything and checks of types, which only torch.export writes."""
+    nothing = ("aten.slice", "aten._assert_tensor_metadata", "aten.contiguous", "<built-in")
+    return [name for name in operators(traced) if not name.startswith(nothing)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recordings_without_values_give_the_graph_of_the_export(name: str) -> None:
+    original = build(name)
+    recorded = trace(original.module, original.example)
+    assert not recorded.by_export
+    with tracing.evaluating(original.module):
+        exported = tracing.by_export(original.module, original.example)
+    assert exported.by_export and skeleton(recorded) == skeleton(exported)
+    assert recorded.outputs == exported.outputs and recorded.batched == exported.batched
+    a, b = (sorted((g.name, g.size) for g in channel_groups(t).groups) for t in (recorded, exported))  # fmt: skip
+    assert a == b
+    with torch.no_grad():
+        inputs = original.batch(5)
+        found, wanted = (t.module(**inputs) for t in (recorded, exported))
+    for left, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+class Remembers(Base):
+    """Keeps tensors of a run in attributes, as caches of positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+        self.seen: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        self.last = self.seen[len(x)] = y
+        return self.b(y)
+
+
+def test_a_recording_leaves_nothing_in_the_module() -> None:
+    module = Remembers()
+    assert not trace(module, {"x": torch.randn(3, 6)}).by_export
+    assert module.last is None and module.seen == {}
+
+
+class Floors(Base):
+    """Half of the batch, rounded down: no multiple of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + y[: x.shape[0] // 2].sum(0)
+
+
+@pytest.mark.parametrize("kind", [Counter, InPlace, Floors])
+def test_what_recordings_leave_unclear_is_exported(kind: type[nn.Module]) -> None:
+    module = kind().eval()
+    traced = trace(module, {"x": torch.randn(4, 6)})
+    assert traced.by_export
+    x = torch.randn(7, 6)
+    with torch.no_grad():
+        wanted = copy.deepcopy(module)(x.clone())
+        torch.testing.assert_close(traced.module(x=x.clone())[0], wanted)
+
+
+class Liar(nn.Module):
+    """Computes something else where it sees no values, and has a width written into it, so that only its graph can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu().view(-1, 16)
+        return self.second(hidden) * (3.0 if x.is_meta else 1.0)
+
+
+def test_a_wrong_recording_is_noticed_where_the_graph_takes_the_place_of_the_class() -> None:
+    torch.manual_seed(0)
+    network = Network(Liar(), {"x": torch.randn(2, 8)})
+    assert not network.traced.by_export
+    plan = ChannelPruning(keep=0.5, round_to=1).plan(network)
+    pruned = plan.apply(network)
+    assert isinstance(pruned.module, fx.GraphModule)
+    module: Any = network.module
+    kept = torch.tensor(next(iter(plan.edits)).kept)  # type: ignore[attr-defined]
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        wanted = (
+            module.first(x).relu()[:, kept] @ module.second.weight[:, kept].T + module.second.bias
+        )
+    torch.testing.assert_close(pruned({"x": x})[0], wanted)

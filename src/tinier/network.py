@@ -40,11 +40,21 @@ class Network:
     @cached_property
     def traced(self) -> Traced:
         """The graph in evaluation mode; its parameters share the module's memory; made once."""
-        module = self.module
-        if masks_of(module):  # weights that are held at zero are plain zeros in the graph
-            module = copy.deepcopy(module)
-            release(module)
-        return tracing.trace(module, self.example)
+        return tracing.trace(self._plain(), self.example)
+
+    def exported(self) -> "Network":
+        """The same network, traced by ``torch.export``: slower, for where a recording has missed something."""
+        result = replace(self)
+        vars(result)["traced"] = tracing.by_export(self._plain(), self.example)
+        return result
+
+    def _plain(self) -> nn.Module:
+        """The module; weights that are held at zero are plain zeros."""
+        if not masks_of(self.module):
+            return self.module
+        module = copy.deepcopy(self.module)
+        release(module)
+        return module
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Outputs in evaluation mode, without gradients, flattened to a tuple of tensors."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tinier.criteria.base import (
     Criterion,
+    by_channel,
     chosen,
     parameters,
     per_channel,
@@ -56,7 +57,11 @@ class Magnitude(Criterion):
         for group in groups:
             total = torch.zeros(group.size, dtype=torch.float64)
             for slot, weight in slots_of(group, known):
-                total += relative(per_channel(weight.abs().double() ** self.p, slot, group.size))
+                if self.p == 2 and weight.dtype in (torch.float32, torch.float64):
+                    found = by_channel(_squares(weight, slot.dim), slot.index(), group.size)
+                else:
+                    found = per_channel(weight.abs().double() ** self.p, slot, group.size)
+                total += relative(found)
             result[group.name] = total ** (1 / self.p)
         return result
 
@@ -65,3 +70,16 @@ class Magnitude(Criterion):
     ) -> dict[str, Tensor]:
         """|w|: every p gives the same order."""
         return {n: weight.double().abs() for n, weight in chosen(network, names).items()}
+
+
+def _squares(weight: Tensor, dim: int) -> Tensor:
+    """Σ w² over all dimensions but one, without a copy of the weight in another type; (length,) float64."""
+    if dim + 1 < weight.ndim:
+        inner = weight.flatten(dim + 1)
+        along = torch.linalg.vecdot(inner, inner)
+    elif dim:
+        along = torch.linalg.vecdot(weight, weight, dim=0)
+        dim -= 1
+    else:
+        along = weight.square()
+    return along.double().sum(tuple(range(dim))) if dim else along.double()

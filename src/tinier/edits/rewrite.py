@@ -221,7 +221,8 @@ def _slice(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
         return
     start, length = argument(old, 2, "start", 0) or 0, old.meta["val"].shape[dim]
     whole = old.args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
-    if argument(old, 4, "step", 1) != 1:  # each of a product's outer positions: as many as there are
+    # Each of a product's outer positions: as many as there are.
+    if argument(old, 4, "step", 1) != 1:
         new.args, new.kwargs = (new.args[0], dim, start, sys.maxsize, old.args[4]), {}
         return
     start = start + whole if start < 0 else start
@@ -290,6 +291,8 @@ def _pad(run: Rewriter, old: fx.Node, new: fx.Node) -> None:
     given: list[Any] = list(new.args[1])  # type: ignore[arg-type]
     for index in range(len(given) // 2):
         dim = len(axes) - 1 - index
+        if not all(isinstance(amount, int) for amount in given[2 * index : 2 * index + 2]):
+            continue  # computed from a free length, which nothing cuts
         if min(given[2 * index : 2 * index + 2]) < 0:
             if run.changed(source[dim]):
                 _crop(run, source[dim], axes[dim], given, index)

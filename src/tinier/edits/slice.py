@@ -17,10 +17,12 @@ from tinier.graph.masked import masked_outputs, masked_values
 from tinier.graph.single import is_half, single, single_inputs, single_traced
 from tinier.graph.trace import Traced, isolated, leaves, repeatable
 from tinier.modules.masked import hold, masks_of
+from tinier.modules.piece import replaced
 from tinier.network import Network
 
 TOLERANCE = 1e-5
-SAME = 1e-6  # of the class to the graph: the same operators on the same weights, so a wrong size shows
+# Of the class to the graph: the same operators on the same weights, so a wrong size shows.
+SAME = 1e-6
 NOT_PROVED = (
     "it is on the meta device, where nothing can be run: the smaller network was not proved equal to the masked reference; "
     "apply the plan to the network with its weights for that"
@@ -91,13 +93,16 @@ class Slice(Edit):
         except ModelError as error:  # a class that is built anew from its config says why it cannot
             pruned, notes = None, (*notes, f"what is left is the traced graph: {error}")
         if pruned is None:
+            # Nothing compares this graph with the user's class any more: the one that it was cut from has to be the class.
+            if not traced.by_export and not on_meta(network) and not _traced_right(network):
+                return cls.apply_all(edits, network.exported())
             module = named(graph, traced)
             try:
                 hold(module, _cut_masks(network, channels, kept))
             except ValueError as error:
                 raise RefusedError(f"{network.name}: a mask is lost, {error}; unmask it") from error
             pruned = Network(module, network.example, network.name, network.folder)
-        pruned = pruned.noted(*notes)
+        pruned = pruned.noted(*notes, *replaced(pruned.module))
         pruned.module.train(network.module.training)
         return pruned
 
@@ -136,6 +141,16 @@ def prove(original: Network, pruned: Network, plan: Plan, seed: int = 0) -> floa
     atoms_kept = _kept_atoms(slices, channels)
     graph = sliced_graph(original.traced, channels, atoms_kept)
     return _prove(original, pruned, graph, channels, atoms_kept, seed)
+
+
+def _traced_right(network: Network) -> bool:
+    """Whether the traced graph computes what the module does."""
+    inputs = random_inputs(network, seed=2)
+    with torch.no_grad(), repeatable():
+        wanted = network(inputs)
+    with torch.no_grad(), repeatable():
+        found = leaves(isolated(network.traced.module, inputs))
+    return len(found) == len(wanted) and difference(found, wanted) <= TOLERANCE
 
 
 def on_meta(network: Network) -> bool:
@@ -307,7 +322,8 @@ def _stock(
     batches = [network.example] if meta else [random_inputs(network, seed=1), network.example]
     with torch.no_grad(), repeatable():
         wanted = [leaves(isolated(graph, inputs)) for inputs in batches]
-    for module in stock_modules(network.module, channels, kept):
+    inputs = None if meta else batches[0]
+    for module in stock_modules(network.module, channels, kept, network.traced, graph, inputs):
         candidate = Network(module, network.example, network.name, network.folder)
         try:
             with repeatable():
@@ -327,8 +343,7 @@ def _stock(
 
 def _agree(found: list[tuple[Tensor, ...]], wanted: list[tuple[Tensor, ...]]) -> bool:
     return all(
-        len(a) == len(b) and difference(a, b) <= SAME
-        for a, b in zip(found, wanted, strict=True)
+        len(a) == len(b) and difference(a, b) <= SAME for a, b in zip(found, wanted, strict=True)
     )
 
 

@@ -8,20 +8,35 @@ from torch import Tensor, fx, nn
 from tinier.edits.config import EXPERTS, KEY_HEADS, QUERY_HEADS, set_config, stored
 from tinier.edits.rewrite import Kept, Rewriter, cut_copy, kept_along
 from tinier.edits.stock_keras import keras_modules
+from tinier.edits.stock_pieces import Attributes, attributes, mend
 from tinier.edits.stock_sizes import set_sizes
 from tinier.graph.axes import size
 from tinier.graph.groups import Channels
 from tinier.graph.macs import module_path
+from tinier.graph.trace import Traced
 from tinier.modules.keras import KerasModule
 
 # Names under which attention modules keep what changes with their heads.
 QUERIES_PER_KEY = ["num_key_value_groups", "n_rep", "num_queries_per_kv"]
 ATTENTION_WIDTH = ["all_head_size", "inner_dim", "split_size"]
-EXPERT_WIDTH = ["intermediate_dim", "intermediate_size", "moe_intermediate_size", "ffn_dim", "expert_dim"]
+EXPERT_WIDTH = [
+    "intermediate_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "ffn_dim",
+    "expert_dim",
+]
 AMBIGUOUS_WIDTH = ["embed_dim", "hidden_size", "dim", "d_model"]
 
 
-def stock_modules(module: nn.Module, channels: Channels, kept: Kept) -> Iterable[nn.Module]:
+def stock_modules(
+    module: nn.Module,
+    channels: Channels,
+    kept: Kept,
+    traced: Traced | None = None,
+    graph: fx.GraphModule | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> Iterable[nn.Module]:
     """Copies of the user's module with smaller parameters, the likeliest first.
 
     They differ in attributes of which the name does not say whether they hold the width of the attention or of the residual, and in
@@ -31,12 +46,16 @@ def stock_modules(module: nn.Module, channels: Channels, kept: Kept) -> Iterable
         module: the original; left as it is.
         channels: its axes.
         kept: atom → (kept,) int64 positions that stay.
+        traced: its graph; with the next two, modules that cannot take their smaller weights are replaced one at a time.
+        graph: the smaller graph.
+        inputs: name → tensor, random.
     """
     if isinstance(module, KerasModule):
         yield from keras_modules(module, channels, kept)
         return
     run = Rewriter(channels, kept)
     # By names that the field knows, then by the sizes that operators work with.
+    tried: list[Attributes] = []
     for ambiguous, sizes in ((False, None), (True, None), (False, True), (False, False)):
         for config in (True, False):
             candidate = cut_copy(module, kept_along(channels, kept))
@@ -48,6 +67,18 @@ def stock_modules(module: nn.Module, channels: Channels, kept: Kept) -> Iterable
                 _set_experts(candidate, channels, run)
             else:
                 set_sizes(candidate, run, sizes)
+            tried.append(attributes(candidate))
+            yield candidate
+    if traced is not None and graph is not None and inputs is not None:
+        # The config stays as it was: it could not say what the pieces are.
+        candidate = cut_copy(module, kept_along(channels, kept))
+        _set_layers(candidate, run)
+        set_sizes(candidate, run, True)
+        try:
+            mended = mend(candidate, tried, module, traced, graph, run, inputs)
+        except Exception:  # the user's code, called module by module: the whole graph stands in
+            mended = False
+        if mended:
             yield candidate
 
 

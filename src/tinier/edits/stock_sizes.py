@@ -14,7 +14,9 @@ from tinier.graph.rules import operator_name
 
 # What a name says about an attribute; numbers of the third kind have nothing to do with channels.
 HEADS = re.compile(r"(^|_)(n_?)?heads?$|num_.*heads|nhead")
-HEAD_DIM = re.compile(r"head_(dim|size|channels|width)|dim_(per_)?head|(^|_)(key|d_k|d_kv|query)_dim$|^d_k")
+HEAD_DIM = re.compile(
+    r"head_(dim|size|channels|width)|dim_(per_)?head|(^|_)(key|d_k|d_kv|query)_dim$|^d_k"
+)
 OTHER = re.compile(
     r"kernel|stride|padding|dilation|window|patch|image|img|resolution|shift|depth|version|layer|scale|block|chunk_size|stage|"
     r"_index|^dims?_?\d*$|axis|max_|seq_?len|step|prefix"
@@ -100,7 +102,7 @@ def _sizes_of_modules(run: Rewriter) -> dict[str, set[Size]]:
             if source.op != "get_attr":
                 for outer in stack - _stack(source):
                     result.setdefault(outer, set()).update(_sizes(source, run, "input"))
-        for outer in stack - set.intersection(stack, *(_stack(user) for user in node.users)):
+        for outer in {path for user in node.users for path in stack - _stack(user)}:
             result.setdefault(outer, set()).update(_sizes(node, run, "output"))
     return result
 
@@ -125,7 +127,13 @@ def _sizes(node: fx.Node, run: Rewriter, place: str) -> Iterator[Size]:
 def _parts(axis: Axis) -> Iterator[Axis]:
     """An axis, and whatever adjacent factors or parts of it make up."""
     yield axis
-    inner = axis.factors if isinstance(axis, Product) else axis.parts if isinstance(axis, Concat) else ()
+    inner = (
+        axis.factors
+        if isinstance(axis, Product)
+        else axis.parts
+        if isinstance(axis, Concat)
+        else ()
+    )
     join = product if isinstance(axis, Product) else concat
     for start in range(min(len(inner), MOST_PARTS)):
         for stop in range(start + 1, min(len(inner), MOST_PARTS) + 1):
@@ -136,5 +144,11 @@ def _parts(axis: Axis) -> Iterator[Axis]:
 
 
 def _role(axis: Axis) -> str:
-    roles = {role for atom in atoms(axis) for role in atom.roles} if isinstance(axis, Atom | Product) else set()
-    return next((role for role in ("head", "head_dim") if roles & {"head", "head_dim"} == {role}), "")
+    roles = (
+        {role for atom in atoms(axis) for role in atom.roles}
+        if isinstance(axis, Atom | Product)
+        else set()
+    )
+    return next(
+        (role for role in ("head", "head_dim") if roles & {"head", "head_dim"} == {role}), ""
+    )

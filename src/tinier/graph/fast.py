@@ -52,7 +52,7 @@ def _free_sizes(
         for dim in free(tensor):
             if tensor.shape[dim] > 1:
                 ties.setdefault((dim, tensor.shape[dim]), []).append((name, dim))
-    result = []
+    result: list[tuple[tuple[tuple[str, int], ...], Recording]] = []
     for (dim, _), places in ties.items():
         together = list(places)
         for place in places if dim and len(places) > 1 else ():

@@ -97,7 +97,7 @@ class _Recorder(ProxyTorchDispatchMode):
         items = list(out) if several else [out]
         if any(isinstance(item, Tensor) for item in items):
             step = len(self.record.steps)
-            shapes = []
+            shapes: list[Shape | None] = []
             for index, item in enumerate(items):
                 if isinstance(item, Tensor):
                     self.refs[id(item)] = Ref(step, index)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
+from torch._guards import GuardSource, Source
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -35,6 +35,21 @@ def other_size(example: Mapping[str, Tensor], place: tuple[str, int], by: int) -
     name, dim = place
     size = example[name].shape[dim]
     return size - by if dim and size > 2 * by + 2 else size + by
+
+
+class _Origin(Source):
+    """Where a free size comes from, for torch's messages; torch's own classes of this kind take a second to import."""
+
+    def __init__(self, name: str) -> None:
+        self.origin = name
+
+    @cached_property
+    def guard_source(self) -> GuardSource:
+        return GuardSource.CONSTANT
+
+    @property
+    def _name_template(self) -> str:
+        return self.origin
 
 
 class Builder:
@@ -194,7 +209,7 @@ class Builder:
 
     def _size(self, values: tuple[Any, ...]) -> int | Size:
         """The number as it follows the free sizes."""
-        first, *moved, last = values if len(values) > 1 else (values[0], values[0])
+        first, moved = values[0], values[1:-1]  # the last has all sizes changed
         if all(value == first for value in values):
             return int(first)
         found = self.sizes.get(values)
@@ -296,6 +311,6 @@ class Builder:
     def _symbol(self, value: int, name: str) -> Any:
         env = self.fake.shape_env
         assert env is not None
-        source = ConstantSource(name)
+        source = _Origin(name)
         symbol = env.create_symbol(value, source, DimDynamic.DYNAMIC)
         return env.create_symintnode(symbol, hint=value, source=source)

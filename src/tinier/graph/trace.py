@@ -39,6 +39,7 @@ class Traced:
         outputs: name of each tensor that the network returns.
         batched: whether the batch size (dimension 0 of every input) is free in the graph.
         export: makes ``exported``.
+        by_export: whether the graph is that of torch.export, because recordings did not give one.
     """
 
     module: fx.GraphModule
@@ -46,6 +47,7 @@ class Traced:
     outputs: tuple[str, ...]
     batched: bool
     export: Callable[[], ExportedProgram]
+    by_export: bool
 
     @cached_property
     def exported(self) -> ExportedProgram:
@@ -82,17 +84,18 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
                 graph, result = record(module, example, _free)
         # The user's code runs inside. What stops it here may not stop torch.export, which says why where it does.
         except Exception:
-            return _by_export(module, example)
+            return by_export(module, example)
     unfuse(graph)
 
     def export() -> ExportedProgram:
         with evaluating(module):
             return _export(module, example)
 
-    return Traced(graph, names, _names(result), _batched(graph), export)
+    return Traced(graph, names, _names(result), _batched(graph), export, False)
 
 
-def _by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
+def by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
+    """As ``trace``, by ``torch.export`` at once, else by a recorded run with values."""
     names = tuple(example)
     result: Any = None
     try:
@@ -113,7 +116,7 @@ def _by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         returned = list(output.args[0])[-spec.num_leaves :] if spec.num_leaves else []  # type: ignore[arg-type, union-attr]
         values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in returned]
         result = pytree.tree_unflatten(values, spec)
-    return Traced(graph, names, _names(result), _batched(graph), lambda: exported)
+    return Traced(graph, names, _names(result), _batched(graph), lambda: exported, True)
 
 
 def _batched(graph: fx.GraphModule) -> bool:

@@ -16,7 +16,7 @@ from tinier.errors import InputError, RefusedError
 from tinier.graph.groups import named_tensors
 from tinier.graph.weights import Weight, weights
 from tinier.methods.base import Method
-from tinier.modules.masked import masks_of
+from tinier.modules.masked import masks_of, plain_name
 from tinier.network import Network
 from tinier.statistics import Statistics
 from tinier.tensors.masks import (
@@ -105,18 +105,23 @@ class WeightPruning(Method):
 
     def _chosen(self, network: Network) -> list[Weight]:
         known = weights(network.traced)
-        named = named_tensors(network.traced.module)
-        chosen = []
-        for name, tensor in named.items():
-            weight = known.get(name)
-            plain = weight is not None and weight.kind != "recurrent" and not weight.shared
-            if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+        tied = _tied(network)
+        chosen: list[Weight] = []
+        seen: set[str] = set()
+        for name, tensor in named_tensors(network.traced.module).items():
+            if name in seen:
                 continue
-            if name in self.include or (
-                plain and (not self.include or any(fnmatchcase(name, p) for p in self.include))
+            names = tied.get(name, {name})
+            seen |= names
+            weight = next((w for n, w in known.items() if n in names), None)
+            plain = weight is not None and weight.kind != "recurrent" and not weight.shared
+            if _matches(names, self.exclude):
+                continue
+            if names.intersection(self.include) or (
+                plain and (not self.include or _matches(names, self.include))
             ):
                 chosen.append(weight or Weight(name, "other", min(1, tensor.ndim - 1), 0, False))
-        missing = [name for name in self.include if not _wild(name) and name not in named]
+        missing = [name for name in self.include if not _wild(name) and name not in seen]
         if missing:
             raise InputError(f"{network.name} has no parameter {', '.join(missing)}")
         return chosen
@@ -225,6 +230,18 @@ def _turn(tensor: Tensor, weight: Weight, back: bool = False) -> Tensor:
 
 def _share(scores: Tensor, share: float) -> int:
     return min(scores.numel(), max(1, round(share * scores.numel()))) if share else 0
+
+
+def _tied(network: Network) -> dict[str, set[str]]:
+    """Parameter → every name that it has in the module: the graph may know a tied one under a single name."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in network.module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(plain_name(name))
+    return {name: same for same in names.values() for name in same}
+
+
+def _matches(names: set[str], patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _wild(pattern: str) -> bool:

@@ -212,7 +212,8 @@ def write_keras(network: Network, path: str | Path) -> None:
     """
     path = Path(path)
     if not isinstance(network.module, KerasModule):
-        why = "; ".join(network.notes) or "its module is a " + type(network.module).__name__
+        reasons = [note for note in network.notes if note.startswith("what is left is")]
+        why = "; ".join(reasons) or "its module is a " + type(network.module).__name__
         raise ModelError(f"{network.name} is no Keras model: {why}; write it as ONNX instead")
     if path.suffix != ".keras":
         raise OutputError(f"{path}: the name of a Keras file ends in .keras")
