@@ -13,6 +13,7 @@ import fnmatch
 import json
 import multiprocessing
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -185,6 +186,11 @@ def main() -> None:
         type=Path,
         help="JSON lines: rows are added as they end, and those in it are not run again",
     )
+    options.add_argument(
+        "--minutes",
+        type=float,
+        help="begin no row later; the order is random then, but real models first",
+    )
     given = options.parse_args()
     console = Console(width=WIDTH)
     architectures = chosen(given.only, given.family)
@@ -196,8 +202,15 @@ def main() -> None:
             console.print(f"without Torch-Pruning: {error}")
 
     logged = _logged(given.log)
+    if given.minutes:
+        # What time is too short for is then a random part of the table, chosen beforehand, and not its end.
+        random.Random(0).shuffle(architectures)
+        architectures.sort(key=lambda row: row.family not in ("real", "keras"))
+    until = time.monotonic() + 60 * given.minutes if given.minutes else float("inf")
 
-    def one(architecture: Architecture) -> dict[str, Any]:
+    def one(architecture: Architecture) -> dict[str, Any] | None:
+        if time.monotonic() > until and architecture.name not in logged:
+            return None
         row = logged.get(architecture.name)
         if row is not None and (python is None or "torch_pruning" in row):
             return row
@@ -217,12 +230,15 @@ def main() -> None:
         return row
 
     with ThreadPoolExecutor(given.jobs) as pool:
-        rows = list(pool.map(one, architectures))
+        found = list(pool.map(one, architectures))
+    rows = [row for row in found if row is not None]
     show(console, rows)
+    console.print(f"not run, for want of time: {len(found) - len(rows)} of {len(found)}")
     everything = not given.only and not given.family
     path = given.out or (RESULT if everything else None)
     if path is not None:
-        path.write_text(json.dumps({"summary": summary(rows), "rows": rows}, indent=1) + "\n")
+        content = {"summary": summary(rows), "not_run": len(found) - len(rows), "rows": rows}
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _logged(log: Path | None) -> dict[str, dict[str, Any]]:

@@ -55,6 +55,7 @@ def keras_model(name: str, size: int | None = None, **options: Any) -> Callable[
         os.environ.setdefault("KERAS_BACKEND", "torch")
         import keras
 
+        keras.utils.clear_session()  # names are counted in a process: a model built again has to have the same
         keras.utils.set_random_seed(0)
         side = size or SIZES[name]
         kind = getattr(keras.applications, name)
