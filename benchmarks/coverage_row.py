@@ -176,6 +176,11 @@ class _Row:
         optimizer = torch.optim.SGD(parameters, lr=1e-3)
         loss = _error(call(module, self.pruned.example))
         loss.backward()
+        # A step of the same length for all: some losses are so flat that a fixed rate changes nothing in float32.
+        norm = float(
+            torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        )
+        optimizer.param_groups[0]["lr"] = 1e-2 / max(norm, 1e-12)
         optimizer.step()
         after = _loss(module, self.pruned.example)
         if not (

@@ -72,7 +72,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, cnn: nn.Module, files: Path) -
 
 
 @pytest.fixture(autouse=True)
-def gradients_stay_on() -> Iterator[None]:
-    """No test, and nothing that it runs, may leave gradients switched off for those that follow."""
+def torch_stays_as_it_was() -> Iterator[None]:
+    """No test, and nothing that it runs, may leave torch's own settings changed for those that follow."""
+    assert torch.get_num_threads() == 1, "a file of tests changed the threads while it was read"
     yield
     assert torch.is_grad_enabled(), "gradients were left switched off"
+    assert torch.get_num_threads() == 1, "the number of threads was left changed"

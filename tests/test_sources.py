@@ -25,8 +25,6 @@ from tinier.sources.load import load
 from tinier.statistics import collect
 from tinier.targets.onnx_file import write_onnx
 
-torch.set_num_threads(2)
-
 
 class Small(nn.Module):
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ def compress(
     model: Annotated[
         str,
         typer.Argument(
-            help="An ONNX file, a Hugging Face directory, or module:function that gives an nn.Module."
+            help="An .onnx, .keras or .pt2 file, a Hugging Face directory, or module:function that gives an nn.Module."
         ),
     ],
     data: Annotated[

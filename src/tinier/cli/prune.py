@@ -22,7 +22,7 @@ def prune(
     model: Annotated[
         str,
         typer.Argument(
-            help="An ONNX or Keras file, a Hugging Face directory, or module:function that gives an nn.Module."
+            help="An .onnx, .keras or .pt2 file, a Hugging Face directory, or module:function that gives an nn.Module."
         ),
     ],
     out: Out,

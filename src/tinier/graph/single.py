@@ -1,4 +1,4 @@
-"""Networks in half precision, computed in float32: a proof to 1e-5 needs more digits than float16 and bfloat16 have."""
+"""Networks computed in more digits than they have: a proof to 1e-5 needs more than float16, now and then more than float32."""
 
 import copy
 from collections.abc import Mapping
@@ -21,40 +21,50 @@ def is_half(module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> bool:
 
 
 def single(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph that computes in float32 wherever it computed in half precision, node for node.
+    """A copy of a graph that computes in float32 wherever it computed in half precision; see ``recast``."""
+    return recast(module, HALF, torch.float32)
+
+
+def recast(
+    module: fx.GraphModule, old: tuple[torch.dtype, ...], new: torch.dtype
+) -> fx.GraphModule:
+    """A copy of a graph that computes in one type wherever it computed in others, node for node.
 
     Args:
         module: left as it is.
-
-    Returns:
-        The copy; conversions to a half type in the graph have become conversions to float32.
+        old: types of parameters, buffers and conversions.
+        new: the type that takes their place.
 
     Cost:
-        A copy of the parameters in float32.
+        A copy of the parameters in the new type.
     """
     result = copy.deepcopy(module)
-    result._apply(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor)
+    result._apply(lambda tensor: tensor.to(new) if tensor.dtype in old else tensor)
     for node in result.graph.nodes:
         if node.op == "call_function":
             node.args, node.kwargs = pytree.tree_map_only(
-                torch.dtype, lambda d: torch.float32 if d in HALF else d, (node.args, node.kwargs)
+                torch.dtype, lambda d: new if d in old else d, (node.args, node.kwargs)
             )
     result.recompile()
     return result
 
 
-def single_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs of half precision as float32, with the same values."""
-    return {name: t.float() if t.dtype in HALF else t for name, t in inputs.items()}
+def recast_inputs(
+    inputs: Mapping[str, Tensor], old: tuple[torch.dtype, ...], new: torch.dtype
+) -> dict[str, Tensor]:
+    """Inputs of some types in another, with the same values."""
+    return {name: t.to(new) if t.dtype in old else t for name, t in inputs.items()}
 
 
-def single_traced(traced: Traced, channels: Channels) -> tuple[Traced, Channels]:
-    """A trace and its axes in float32; the axes are those of the nodes of the copy."""
-    module = single(traced.module)
-    new = dict(zip(traced.module.graph.nodes, module.graph.nodes, strict=True))
+def recast_traced(
+    traced: Traced, channels: Channels, old: tuple[torch.dtype, ...], new: torch.dtype
+) -> tuple[Traced, Channels]:
+    """A trace and its axes in another type; the axes are those of the nodes of the copy."""
+    module = recast(traced.module, old, new)
+    nodes = dict(zip(traced.module.graph.nodes, module.graph.nodes, strict=True))
     return replace(traced, module=module), replace(
         channels,
-        axes={new[node]: axes for node, axes in channels.axes.items()},
-        heads={new[node]: axes for node, axes in channels.heads.items()},
-        outer={new[node]: axis for node, axis in channels.outer.items()},
+        axes={nodes[node]: axes for node, axes in channels.axes.items()},
+        heads={nodes[node]: axes for node, axes in channels.heads.items()},
+        outer={nodes[node]: axis for node, axis in channels.outer.items()},
     )

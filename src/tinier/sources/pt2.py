@@ -1,5 +1,6 @@
 """A network from a .pt2 archive of torch.export: no class is needed, and nothing in the file is run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def _inputs(path: Path, zeros: dict[str, Tensor], example: Example | None) -> di
         return {name: torch.zeros_like(value) for name, value in zeros.items()}
     if isinstance(example, Tensor):
         example = (example,)
-    given = example if isinstance(example, dict) else dict(zip(zeros, example, strict=False))
+    given = (
+        dict(example) if isinstance(example, Mapping) else dict(zip(zeros, example, strict=False))
+    )
     if set(given) != set(zeros):
         raise ModelError(
             f"{path}: the example has {', '.join(given)}; the network takes {', '.join(zeros)}"
