@@ -25,7 +25,7 @@ from tinier.network import Network
 from tinier.targets.base import Target, targets_for
 
 KEEPS = (0.5, 0.25)
-ROUNDINGS = (1, 8, 16)
+ROUNDINGS = (1, 8)
 RUNTIMES = ("onnxruntime", "openvino")
 
 
@@ -123,6 +123,7 @@ def main() -> None:
                         {"network": original.name, "keep": keep, "round_to": rounding, "macs_ratio": ratio, "runtime": runtime,
                          "faster": faster, "share_of_macs_ratio": faster / ratio, **found}
                     )  # fmt: skip
+                    print(f"{original.name} {keep} {rounding} {runtime}: {faster:.2f}", flush=True)
                     table.add_row(
                         original.name, f"{keep:g}", str(rounding), f"{ratio:.2f}", runtime, f"{found['original']:.2f}",
                         f"{found['pruned']:.2f}", f"{faster:.2f}", f"{faster / ratio:.0%}",

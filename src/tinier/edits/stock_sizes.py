@@ -56,7 +56,7 @@ def set_sizes(module: nn.Module, run: Rewriter, change: bool) -> None:
             if name.startswith("_") or name == "training" or OTHER.search(name):
                 continue
             new = _renewed(name, value, sizes, change)
-            if new != value:
+            if new is not value:  # values of other kinds come back as they are
                 setattr(layer, name, new)
 
 

@@ -90,5 +90,6 @@ def replaced(module: nn.Module) -> tuple[str, ...]:
     path, layer = found[0]
     what = f"{path} ({layer.replaced})" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
     return (
-        f"the class is kept, but for {what}: its forward cannot take the smaller weights, and its traced graph stands there",
+        f"the class is kept, but for {what}: its forward cannot take the smaller weights; its traced graph stands there, in "
+        "evaluation mode",
     )
