@@ -12,6 +12,7 @@ from tinier.edits.drop import Drop
 from tinier.errors import InputError, RefusedError
 from tinier.graph.blocks import blocks
 from tinier.graph.groups import channel_groups
+from tinier.graph.macs import macs
 from tinier.methods.depth_pruning import DepthPruning, output_changes
 from tinier.network import Network
 
@@ -138,7 +139,7 @@ def test_a_config_says_how_many_layers_are_left() -> None:
     network = Network(LlamaForCausalLM(config).eval(), {"input_ids": torch.randint(0, 30, (2, 5))})
     shallow = DepthPruning(count=1).plan(network).apply(network)
     module: Any = shallow.module
-    assert module.config.num_hidden_layers == 2 and standard(module)
+    assert module.config.num_hidden_layers == 2 and standard(module, shallow.example)
     assert [layer.self_attn.layer_idx for layer in module.model.layers] == [0, 1]
 
 
@@ -155,3 +156,23 @@ def test_what_cannot_be_dropped_is_refused() -> None:
     for wrong in ({"keep": -0.1}, {"keep": 1.5}, {"count": -1}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             DepthPruning(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_layers_of_an_encoder_leave_and_not_the_encoder() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
+    module = BertForSequenceClassification(config).eval()
+    network = Network(module, {"input_ids": torch.randint(0, 30, (2, 5))})
+    shallow = DepthPruning(count=2).plan(network).apply(network)
+    layers: Any = shallow.module
+    assert type(layers) is BertForSequenceClassification and len(layers.bert.encoder.layer) == 1
+    before, after = (sum(macs(one.traced).values()) for one in (network, shallow))
+    assert after < 0.5 * before

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tinier
 from networks import build
 from tinier.edits.config import standard
 from tinier.edits.follow import follow
@@ -259,7 +260,7 @@ def test_a_uniform_network_is_a_standard_checkpoint(make: Any, tmp_path: Path) -
     model = make()
     ids = torch.arange(14).view(2, 7) % 40
     pruned = prune(model, {"input_ids": ids}, keep=0.5, uniform=True, round_to=4)
-    assert standard(pruned.model) and type(pruned.model) is type(model)
+    assert standard(pruned.model, pruned.network.example) and type(pruned.model) is type(model)
     assert cost(pruned.network, "macs") <= 0.5 * cost(pruned.original, "macs")
     save(pruned, tmp_path / "out")
     done = subprocess.run(
@@ -299,3 +300,38 @@ def test_what_prune_cannot_do_without_data(wide: Network) -> None:
             prune(wide, **wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="steps"):
         prune(wide, steps=0)
+
+
+def test_steps_after_each_other_load_into_the_first_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = Wide(), torch.randn(4, 8)
+    twice = prune(prune(module, x, keep=0.6), keep=0.6)
+    assert (
+        twice.original.module is not twice.model
+        and cost(twice.original, "macs") == 8 * 32 + 32 * 32 + 32 * 4
+    )
+    masked = prune(twice, keep=0.5, pattern="unstructured")
+    small = tinier.shrink(masked)
+    for number, smaller in enumerate((twice, masked, small)):
+        save(smaller, tmp_path / str(number))
+        again = load(tmp_path / str(number), into=module, example=x)
+        torch.testing.assert_close(again.model(x), smaller.model(x))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pattern": "2:4", "depth": 1}, {"pattern": "2:4", "max_latency": "5ms"}, {"pattern": "2:4", "uniform": True},
+        {"max_latency": "5ms", "steps": 2}, {"max_latency": "5ms", "threshold": 1.0}, {"threshold": float("nan")}, {"exclude": ["zzz"]},
+        {"exclude": "first_"}, {"threads": 0}, {"rates": {"first": 0.5}, "exclude": "first"},
+    ],
+)  # fmt: skip
+def test_options_are_never_passed_over(wide: Network, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        prune(wide, **wrong)
+
+
+def test_an_excluded_module_may_be_named_alone(wide: Network) -> None:
+    assert [edit.row()[0] for edit in prune(wide, keep=0.7, exclude="first").plan.edits] == [
+        "second"
+    ]

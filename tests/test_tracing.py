@@ -499,3 +499,25 @@ def test_a_wrong_recording_is_noticed_where_the_graph_takes_the_place_of_the_cla
             module.first(x).relu()[:, kept] @ module.second.weight[:, kept].T + module.second.bias
         )
     torch.testing.assert_close(pruned({"x": x})[0], wanted)
+
+
+class Branch(nn.Module):
+    """Takes another way for large batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.runs = nn.Linear(8, 16), nn.Linear(16, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        hidden = self.first(x).relu()
+        if x.shape[0] > 8:
+            hidden = hidden * 2
+        return self.second(hidden)
+
+
+def test_a_branch_on_the_batch_is_not_passed_over() -> None:
+    torch.manual_seed(0)
+    network = Network(Branch(), {"x": torch.randn(2, 8)})
+    assert network.traced.by_export and not network.traced.batched
+    assert network.module.runs == 0  # what a forward counts is put back

@@ -14,6 +14,7 @@ from tinier.modules.masked import release
 from tinier.network import Example, Network
 from tinier.sources.load import load
 from tinier.verbs import Smaller
+from tinier.verbs.smaller import since
 
 CHECKS = 3  # random batches on which the smaller network must equal the original
 
@@ -29,7 +30,8 @@ def shrink(model: Any, example: Example | None = None) -> Smaller:
         example: example inputs; None where the model brings its own.
 
     Returns:
-        The smaller model; printing it shows how many channels of each group are left. ``original`` has the masks made permanent.
+        The smaller model; printing it shows how many channels of each group are left. ``original`` has the
+            masks made permanent, or is what the steps before started from.
 
     Raises:
         RefusedError: the smaller model does not equal the original to 1e-5 of its largest output on random inputs; the message has
@@ -43,7 +45,10 @@ def shrink(model: Any, example: Example | None = None) -> Smaller:
     smaller = plan.apply(network)
     if not _equal(network, smaller):
         raise RefusedError(f"{network.name}: the smaller model is another; {_where(network, plan)}")
-    return Smaller(smaller, network, plan)
+    if isinstance(model, Smaller):
+        original, whole = since(model, network, plan)
+        return Smaller(smaller, original, whole, notes=(*model.notes, *smaller.notes))
+    return Smaller(smaller, network, plan, notes=smaller.notes)
 
 
 def _network(model: Any, example: Example | None) -> Network:

@@ -19,7 +19,10 @@ from tinier.verify import verify as run_verify
 @app.command()
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="An .onnx, .keras or .pt2 file, a Hugging Face directory, or module:function.")
+        str,
+        typer.Argument(
+            help="An .onnx, .keras or .pt2 file, a Hugging Face directory, or module:function."
+        ),
     ],
     data: Annotated[
         str | None,

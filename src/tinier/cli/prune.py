@@ -14,6 +14,12 @@ from tinier.verbs import Smaller
 from tinier.verbs import prune as run_prune
 from tinier.verbs.disk import write_all
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="An .onnx, .keras or .pt2 file, a Hugging Face directory, or module:function that gives an nn.Module."
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")]
 
 
@@ -73,6 +79,16 @@ def prune(
         typer.Option(help="Group or module that stays, * for any; may be repeated."),
     ] = None,
     round_to: Annotated[int, typer.Option(help="Widths become multiples of this.")] = 8,
+    threshold: Annotated[
+        float | None, typer.Option(help="Cut whatever ranks at or below this instead.")
+    ] = None,
+    compensate: Annotated[
+        bool | None,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="Fit what follows the cuts again; with --data if not given.",
+        ),
+    ] = None,
     depth: Annotated[
         float,
         typer.Option(help="Whole residual blocks leave first: a number, or a share of their MACs."),
@@ -84,7 +100,7 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Cut channels, neurons and heads; the result equals its masked reference."""
+    """Cut channels, neurons, heads, experts, hidden units and blocks, or mask weights; what is cut equals its masked reference."""
 
     def work(bars: Bars) -> Smaller:
         with bars.task("pruning", None):
@@ -104,6 +120,8 @@ def prune(
                 rates=_rates(rate),
                 exclude=exclude or (),
                 round_to=round_to,
+                threshold=threshold,
+                compensate=compensate,
                 depth=depth,
                 steps=steps,
                 epochs=epochs,
@@ -137,8 +155,8 @@ def show(smaller: Smaller, console: Console) -> None:
         table.add_column(head, overflow="fold")
     for edit in smaller.plan.edits:
         name, change = edit.row()
-        before, _, after = change.partition(" → ")
-        share = bar(int(after) / int(before)) if before.isdigit() and after.isdigit() else ""
+        old, _, new = change.partition(" → ")
+        share = bar(int(new) / int(old)) if old.isdigit() and new.isdigit() else ""
         table.add_row(name, change, share)
     console.print(table)
 

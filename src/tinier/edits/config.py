@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinier.edits.rewrite import Rewriter
 from tinier.graph.axes import Atom, Axis, Product, product, size
 from tinier.graph.groups import Channels
-from tinier.graph.trace import quiet
+from tinier.graph.trace import call, evaluating, quiet
 
 # The field's names for what a config holds; one config has one or two of each row.
 QUERY_HEADS = (
@@ -119,22 +119,44 @@ def _heads(channels: Channels, run: Rewriter, which: int) -> Mapping[int, set[in
     return result
 
 
-def standard(module: nn.Module) -> bool:
-    """Whether the module's class, built from its config alone, has its weights: ``from_pretrained`` loads such a checkpoint.
+def standard(module: nn.Module, example: Mapping[str, Tensor]) -> bool:
+    """Whether the module's class, built from its config alone, computes the same with its weights: ``from_pretrained`` loads it.
+
+    Scales, rotary frequencies and the like are no weights: a class derives them from its config, so that equal shapes are not enough.
 
     Args:
         module: a model of transformers, or anything else, which is not standard.
+        example: input name → tensor, on which the outputs are compared to 1e-5 of the largest.
 
     Cost:
-        Builds the class on the meta device: milliseconds a layer, no memory for weights.
+        A second model, and a run of both; shapes alone on the meta device.
     """
     config: Any = getattr(module, "config", None)
     if config is None or not hasattr(module, "save_pretrained"):
         return False
+    state = module.state_dict()
     try:
+        # As from_pretrained does: from what is written, which transformers checks.
+        written = type(config).from_dict(copy.deepcopy(config.to_dict()))
+        if callable(getattr(written, "validate", None)):
+            written.validate()
         with quiet(), torch.device("meta"):
-            built = type(module)(copy.deepcopy(config))
+            built = type(module)(written)
+        if {n: t.shape for n, t in built.state_dict().items()} != {
+            n: t.shape for n, t in state.items()
+        }:
+            return False
+        if any(t.is_meta for t in (*state.values(), *example.values())):
+            return True
+        with quiet():
+            built = type(module)(written).to(next(iter(state.values())).device)
+        built.load_state_dict(state)
+        with torch.no_grad(), evaluating(module), evaluating(built):
+            pairs = zip(call(module, example), call(built, example), strict=True)
+            return all(
+                float((a - b).abs().max()) <= 1e-5 * float(a.abs().max().clamp(min=1e-6))
+                for a, b in pairs
+                if a.is_floating_point() and a.numel()
+            )
     except Exception:  # the class's own checks of sizes that do not go together
         return False
-    wanted = {name: tensor.shape for name, tensor in built.state_dict().items()}
-    return wanted == {name: tensor.shape for name, tensor in module.state_dict().items()}

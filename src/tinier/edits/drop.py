@@ -69,7 +69,7 @@ class Drop(Edit):
             raise RefusedError(
                 f"{network.name}: without {', '.join(d.block for d in drops)} it is not the original that goes around them"
             )
-        return result
+        return result.noted(*network.notes)
 
 
 def _equal(original: Network, candidate: Network, dropped: list[Block]) -> bool:
@@ -149,7 +149,8 @@ def _graph(network: Network, dropped: list[Block]) -> fx.GraphModule:
     nodes = dict(zip(traced.module.graph.nodes, module.graph.nodes, strict=True))
     for block in dropped:
         nodes[block.exit].replace_all_uses_with(nodes[block.entry])
-    module.graph.eliminate_dead_code()
+    # Dropout counts as impure by default, and would keep what feeds it.
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     used = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
     for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
         if name not in used:

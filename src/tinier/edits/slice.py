@@ -89,7 +89,9 @@ class Slice(Edit):
             notes = (NOT_PROVED,)
         else:
             gap = _prove(network, graph, graph, channels, kept, seed=0)
-            notes = (f"equals its masked reference to {gap:.0e} of its largest output, as it was cut",)
+            notes = (
+                f"equals its masked reference to {gap:.0e} of its largest output, as it was cut",
+            )
         try:
             pruned = _stock(network, graph, channels, kept)
         except ModelError as error:  # a class that is built anew from its config says why it cannot

@@ -37,10 +37,19 @@ def record(
     sizes = _free_sizes(run, base, example, free)
     recordings = [base, *(other for _, other in sizes)]
     groups = [dims for dims, _ in sizes]
+    sizes_far: list[int] = []
     if groups:
         moved = {place: other_size(example, place, 3) for dims in groups for place in dims}
         recordings.append(run(moved))
-    return Builder(run, groups, recordings).build(), base.result
+        # Branches on a size show only where the size is another one by much; the batch may grow without end, a length may not.
+        far = {place: other_size(example, place, 9 if place[1] else 61) for place in moved}
+        try:
+            recordings.append(run(far))
+        except Exception:  # the user's code, at a length that it does not take
+            far = {place: size if place[1] == 0 else moved[place] for place, size in far.items()}
+            recordings.append(run(far))
+        sizes_far = [far[dims[0]] for dims in groups]
+    return Builder(run, groups, recordings, sizes_far).build(), base.result
 
 
 def _free_sizes(

@@ -53,14 +53,16 @@ class _Origin(Source):
 
 
 class Builder:
-    """Makes one graph of recordings: the first as given, one for each free size, and one with all of them changed."""
+    """Makes one graph of recordings: the first as given, one for each free size, and two with all of them changed, one of them by much."""
 
     def __init__(
         self,
         run: Runner,
         groups: Sequence[tuple[tuple[str, int], ...]],
         recordings: Sequence[Recording],
+        far: Sequence[int] = (),
     ) -> None:
+        self.far = list(far)
         self.run, self.groups, self.recordings = run, groups, recordings
         example = run.example
         self.old = [example[dims[0][0]].shape[dims[0][1]] for dims in groups]
@@ -209,7 +211,7 @@ class Builder:
 
     def _size(self, values: tuple[Any, ...]) -> int | Size:
         """The number as it follows the free sizes."""
-        first, moved = values[0], values[1:-1]  # the last has all sizes changed
+        first, moved = values[0], values[1 : 1 + len(self.groups)]
         if all(value == first for value in values):
             return int(first)
         found = self.sizes.get(values)
@@ -237,7 +239,8 @@ class Builder:
         points = [list(self.old) for _ in values]
         for index in range(len(self.groups)):
             points[index + 1][index] = self.new[index]
-        points[-1] = list(self.last)
+        points[len(self.groups) + 1] = list(self.last)
+        points[len(self.groups) + 2] = list(self.far)
         for point, value in zip(points, values, strict=True):
             product = size.factor
             for index in size.of:

@@ -27,6 +27,8 @@ _TORCH = str(Path(torch.__file__).parent)
 _TINIER = str(Path(__file__).parent.parent)
 _PYTHON = sysconfig.get_path("stdlib")
 
+MOST_BATCH = 2**16  # a batch size that is free up to here is free
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -116,7 +118,20 @@ def by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         returned = list(output.args[0])[-spec.num_leaves :] if spec.num_leaves else []  # type: ignore[arg-type, union-attr]
         values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in returned]
         result = pytree.tree_unflatten(values, spec)
-    return Traced(graph, names, _names(result), _batched(graph), lambda: exported, True)
+    batched = _batched(graph) and not _bounded(exported)
+    return Traced(graph, names, _names(result), batched, lambda: exported, True)
+
+
+def _bounded(exported: ExportedProgram) -> bool:
+    """Whether the graph is right for small batches only: the network takes another way for large ones."""
+    limits = exported.range_constraints
+    for node in exported.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        size = value.shape[0] if isinstance(value, Tensor) and value.ndim else 0
+        found = None if isinstance(size, int) else limits.get(size.node.expr)
+        if found is not None and bool(found.upper < MOST_BATCH):
+            return True
+    return False
 
 
 def _batched(graph: fx.GraphModule) -> bool:
@@ -345,12 +360,34 @@ def leaves(result: Any) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each submodule's own mode again afterwards."""
+    """Evaluation mode inside, each submodule's own mode again afterwards.
+
+    What a generation loop of transformers keeps from step to step is no output of the network: ``use_cache`` is off inside. Numbers that
+    a ``forward`` counts up are afterwards what they were.
+    """
+    plain_values = [
+        (part, {k: v for k, v in vars(part).items() if type(v) in (int, float, str, bool)})
+        for part in module.modules()
+    ]
     modes = {name: part.training for name, part in module.named_modules()}
+    configs = {
+        id(c): c for part in module.modules() if (c := getattr(part, "config", None)) is not None
+    }
+    caching = [
+        c
+        for c in configs.values()
+        if getattr(c, "use_cache", None) is True and hasattr(c, "to_dict")
+    ]
     module.eval()
     try:
+        for config in caching:
+            config.use_cache = False
         yield
     finally:
+        for config in caching:
+            config.use_cache = True
+        for part, values in plain_values:
+            vars(part).update(values)
         for name, part in module.named_modules():
             part.training = modes[name]
 

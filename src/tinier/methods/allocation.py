@@ -11,6 +11,7 @@ from tinier.graph.axes import Atom, Axis, Concat, Product, size
 from tinier.graph.groups import Group
 from tinier.graph.macs import Cost
 
+NEAR = 0.95  # of the budget; widths are rounded less where less of it is used
 WIDTHS = 4  # a knob has at least this many widths to choose from, rounded less where it is narrow
 
 
@@ -22,11 +23,13 @@ class Knob:
         groups: (group, unit): of count n the group keeps n · unit channels; all have size · unit channels.
         ranks: (size,) float64, descending: how soon the n-th best unit leaves.
         floor: the least count.
+        divides: counts must divide this, as heads must a width; 0 for any count.
     """
 
     groups: tuple[tuple[Group, int], ...]
     ranks: Tensor
     floor: int
+    divides: int = 0
 
     @property
     def size(self) -> int:
@@ -36,6 +39,19 @@ class Knob:
     def at(self, count: int) -> dict[Atom, int]:
         """The widths at a count."""
         return {group.atom: count * unit for group, unit in self.groups}
+
+    def down(self, count: int) -> int:
+        """The next count at or below this one that is possible."""
+        while self.divides and self.divides % count:
+            count -= 1
+        return count
+
+    def up(self, count: int, step: int) -> int:
+        """The next wider count that is possible, about one step on."""
+        wider = min(count + step, self.size)
+        while self.divides and wider < self.size and self.divides % wider:
+            wider += 1
+        return wider
 
     def step(self, rounding: int) -> int:
         """By what the count changes so that the parameters' dimensions stay multiples of ``rounding``."""
@@ -77,7 +93,7 @@ def allocate(
     for multiple in (rounding, 1):
         steps = [knob.step(multiple) for knob in knobs]
         floors = [
-            min(-(-knob.floor // step) * step, knob.size)
+            knob.up(min(-(-knob.floor // step) * step, knob.size), 0)
             for knob, step in zip(knobs, steps, strict=True)
         ]
         if cost.at(_widths(knobs, floors)) > budget:
@@ -91,7 +107,12 @@ def allocate(
                 high, counts = middle, trial
             else:
                 low = middle + 1
-        return _refill(knobs, counts, steps, cost, budget)
+        counts = _refill(knobs, counts, steps, cost, budget)
+        # Narrow networks have few multiples to choose from: finer ones use what is left of the budget.
+        while cost.at(_widths(knobs, counts)) < NEAR * budget and max(steps) > 1:
+            steps = [max(step // 2, 1) for step in steps]
+            counts = _refill(knobs, counts, steps, cost, budget)
+        return _widths(knobs, counts)
     return None
 
 
@@ -115,7 +136,8 @@ def _above(
     result = []
     for knob, step, floor in zip(knobs, steps, floors, strict=True):
         count = int((knob.ranks > threshold).sum())
-        result.append(min(max(int(count / step + 0.5) * step, floor), knob.size))
+        wanted = min(max(int(count / step + 0.5) * step, floor), knob.size)
+        result.append(knob.down(wanted))
     return result
 
 
@@ -125,14 +147,14 @@ def _refill(
     steps: Sequence[int],
     cost: Cost,
     budget: float,
-) -> dict[Atom, int]:
+) -> list[int]:
     result = list(counts)
     widths = _widths(knobs, result)
     spent = cost.at(widths)
     narrow = [index for index, knob in enumerate(knobs) if result[index] < knob.size]
     while narrow:
         index = max(narrow, key=lambda i: (float(knobs[i].ranks[result[i]]), -i))
-        knob, wider = knobs[index], min(result[index] + steps[index], knobs[index].size)
+        knob, wider = knobs[index], knobs[index].up(result[index], steps[index])
         extra, trial = 0.0, dict(widths)
         for atom, width in knob.at(wider).items():
             extra += cost.change(trial, atom, width)
@@ -142,7 +164,7 @@ def _refill(
             result[index], widths, spent = wider, trial, spent + extra
         if not fits or wider == knob.size:
             narrow.remove(index)
-    return widths
+    return result
 
 
 def multiplicity(axis: Axis, atom: Atom) -> int:

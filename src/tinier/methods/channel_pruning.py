@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import ceil
+from math import ceil, isfinite
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.graph.macs import COSTS, Cost
 from tinier.methods.allocation import Knob, above, allocate
 from tinier.methods.base import Method
-from tinier.methods.uniform import bundles
+from tinier.methods.uniform import bundles, must_divide
 from tinier.network import Network
 from tinier.statistics import Statistics
 
@@ -90,6 +90,8 @@ class ChannelPruning(Method):
             raise InputError(
                 f"at_most={self.at_most}: a positive number of {', '.join(COSTS)} is needed"
             )
+        if self.threshold is not None and not isfinite(self.threshold):
+            raise InputError(f"threshold={self.threshold}: a finite number is needed")
         if self.ranking not in RANKINGS:
             raise InputError(f"ranking={self.ranking!r}: one of {', '.join(RANKINGS)} is needed")
         if self.round_to < 1 or not 0 <= self.min_keep <= 1:
@@ -120,6 +122,7 @@ class ChannelPruning(Method):
         fixed = self._fixed(channels)
         if share == 1 and not fixed and self.threshold is None:
             return Plan()
+        self._check_exclude(network, channels)
         candidates = [group for group in channels.groups if self._may_go(group)]
         if not candidates:
             raise RefusedError(f"{network.name}: no channel can be cut. {why(channels)}")
@@ -133,6 +136,16 @@ class ChannelPruning(Method):
                 order = scores[group.name].argsort(descending=True, stable=True)
                 edits.append(Slice.of(group, order[:count].tolist()))
         return Plan(tuple(edits))
+
+    def _check_exclude(self, network: Network, channels: Channels) -> None:
+        names = [group.name for group in channels.groups]
+        names += [name for name, _ in network.module.named_modules()]
+        names += [name for name in channels.parameters]
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise InputError(
+                    f"exclude: nothing is called {pattern}; there are {', '.join(g.name for g in channels.groups)}"
+                )
 
     def _may_go(self, group: Group) -> bool:
         asked = {"normalised": self.normalised, "head_dim": self.head_dims}
@@ -174,6 +187,8 @@ class ChannelPruning(Method):
                     f"rates: no channel group is called {pattern}; there are {', '.join(g.name for g in channels.groups)}"
                 )
             for group in matching:
+                if not self._may_go(group):
+                    raise InputError(f"rates: {group.name} is excluded, or of a kind that stays")
                 result[group.atom] = max(round(share * group.size), group.minimum, 1)
         return result
 
@@ -276,7 +291,8 @@ class ChannelPruning(Method):
                 max(ceil(least * size - 1e-9), -(-group.minimum // unit), 1)
                 for group, unit in bundle
             )
-            result.append(Knob(bundle, mean.mean(0), min(floor, size)))
+            divides = must_divide(network, bundle) if self.uniform else 0
+            result.append(Knob(bundle, mean.mean(0), min(floor, size), divides))
         return result
 
 

@@ -95,7 +95,10 @@ class DepthPruning(Method):
     def _candidates(self, found: Sequence[Block]) -> list[Block]:
         if not self.whole:
             return list(found)
-        return [block for block in found if not any(block.nodes < other.nodes for other in found)]
+        # A stack of layers has a path around it, too, but it is its layers that are meant.
+        stacks = [block for block in found if _is_stack(block, found)]
+        rest = [block for block in found if block not in stacks]
+        return [block for block in rest if not any(block.nodes < other.nodes for other in rest)]
 
     def _enough(self, dropped: Sequence[Block], whole: float) -> bool:
         if self.count is not None:
@@ -132,6 +135,13 @@ def output_changes(
             for a, b, size in zip(before, floats, scale, strict=True):
                 result[block.path] += float((a - b).square().sum()) / max(size, 1e-30)
     return result
+
+
+def _is_stack(block: Block, found: Sequence[Block]) -> bool:
+    """Whether a block holds a list with two or more blocks in it, which are numbered."""
+    inside = [other.path for other in found if other.nodes < block.nodes]
+    lists = [path.rpartition(".")[0] for path in inside if path.rpartition(".")[2].isdigit()]
+    return any(lists.count(name) > 1 for name in lists)
 
 
 def _overlap(left: Block, right: Block) -> bool:

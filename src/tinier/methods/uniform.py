@@ -60,6 +60,15 @@ def bundles(network: Network, channels: Channels, groups: Sequence[Group]) -> li
     return _with_derived(config, channels, by_number)
 
 
+def must_divide(network: Network, bundle: Bundle) -> int:
+    """The width that the number of heads must divide, by the rules of Hugging Face configs; 0 for other bundles and classes."""
+    config: Any = getattr(network.module, "config", None)
+    heads_alone = all(group.kind == "head" for group, _ in bundle)
+    if not heads_alone or config is None or not hasattr(config, "to_dict"):
+        return 0
+    return first_number(config, WIDTH) or 0
+
+
 def _bundle(groups: Sequence[Group]) -> Bundle:
     return tuple((group, 1) for group in groups)
 

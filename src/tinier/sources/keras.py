@@ -22,6 +22,8 @@ VOCABULARY = (
 )
 MEMBERS = ("metadata.json", "config.json", "model.weights.h5", "model.weights.json")
 
+MOST_CONFIG = 2**26  # bytes that a config may have when it is unpacked
+
 
 class KerasSource(Source):
     """A ``.keras`` file or a Keras model of the torch backend; inputs have the names of its input layers, channels where it has them."""
@@ -162,6 +164,8 @@ def check_keras(path: Path) -> None:
 
 def _config(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
+        if archive.getinfo("config.json").file_size > MOST_CONFIG:
+            raise ModelError(f"{path}: its config.json is larger than any real one; it is not read")
         return archive.read("config.json").decode("utf-8")
 
 

@@ -8,7 +8,7 @@ from tinier.methods.activation_removal import ActivationRemoval
 from tinier.network import Example
 from tinier.statistics.lines import fit_lines
 from tinier.verbs.calibration import batches_of, calibration, few
-from tinier.verbs.smaller import Smaller, network_of
+from tinier.verbs.smaller import Smaller, network_of, since
 
 
 def linearize(
@@ -47,9 +47,9 @@ def linearize(
     statistics = replace(few(examples, network), lines=fit_lines(network, batches))
     method = ActivationRemoval(keep=keep, count=count, score=score, merge=merge)
     plan = method.plan(network, statistics)
-    before = model.plan if isinstance(model, Smaller) else None
-    original = model.original if isinstance(model, Smaller) else network
     straight = plan.apply(network)
-    return Smaller(
-        straight, original, plan if before is None else before + plan, notes=straight.notes
-    )
+    notes = straight.notes
+    if not any(edit.kind == "merge" for edit in plan.edits):
+        notes = (*notes, "no layers were merged: lines alone save no MACs")
+    original, plan = since(model, network, plan)
+    return Smaller(straight, original, plan, notes=notes)

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from tinier.edits.base import Plan
 from tinier.edits.config import standard
+from tinier.edits.mask import unmask
 from tinier.edits.quantize import Quantize
 from tinier.errors import InputError, OutputError
 from tinier.graph import archive
 from tinier.modules.keras import KerasModule
+from tinier.modules.masked import masks_of
 from tinier.network import Example
 from tinier.output import check_output, whole
 from tinier.report.folder import COMPANIONS, PLAN, WEIGHTS, save_weights
@@ -58,7 +60,7 @@ def write_parts(smaller: Smaller, folder: Path) -> None:
     network = smaller.trainable or smaller.network
     save_weights(network, folder / WEIGHTS)
     (folder / PLAN).write_text(smaller.plan.to_json())
-    if standard(network.module):
+    if standard(network.module, network.example):
         config: Any = copy.deepcopy(network.module.config)
         config.architectures = [type(network.module).__name__]
         config.save_pretrained(folder)
@@ -101,6 +103,7 @@ def _readme(smaller: Smaller, usage: str) -> str:
 
 {usage}
 
+`model.keras`, where there is one, is for Keras on any backend.
 `model.pt2`, where there is one, is the network for torch without its class: `tinier.load("model.pt2").model` can be trained on.
 `plan.json` and `model.safetensors` are what `tinier.load(folder, into=model)` rebuilds the network from, to train on.
 """
@@ -137,7 +140,10 @@ def load(folder: str | Path, into: Any = None, example: Example | None = None) -
     plan = Plan(tuple(edit for edit in plan.edits if not isinstance(edit, Quantize)))
     smaller = plan.apply(network)
     try:
-        smaller.module.load_state_dict(load_file(folder / WEIGHTS))
+        weights = load_file(folder / WEIGHTS)
+        if masks_of(smaller.module) and not any("parametrizations" in name for name in weights):
+            smaller = unmask(smaller)  # a later step made the zeros permanent
+        smaller.module.load_state_dict(weights)
     except (RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder / WEIGHTS} does not fit the model: {error}") from error
     return Smaller(smaller, network, plan)

@@ -27,7 +27,7 @@ from tinier.statistics import Statistics, observe
 from tinier.targets.base import targets_for
 from tinier.units import parse_milliseconds
 from tinier.verbs.calibration import batches_of, calibration, few, labelled
-from tinier.verbs.smaller import Smaller, examples_of, network_of
+from tinier.verbs.smaller import Smaller, examples_of, network_of, since
 from tinier.verbs.sparsity import mask_weights
 
 
@@ -98,12 +98,25 @@ def prune(
         raise InputError("compensate: data is needed: a few hundred examples of real inputs")
     if epochs and data is None:
         raise InputError("epochs: data is needed to train on")
+    limit = None if max_latency is None else parse_milliseconds(max_latency)
+    if limit is not None:
+        targets_for(target)  # refuses unknown names before any work
+    if threads is not None and threads < 1:
+        raise InputError(f"threads={threads}: at least 1 is needed")
     if steps < 1 or epochs < 0:
         raise InputError(f"steps={steps} must be at least 1 and epochs={epochs} at least 0")
     if steps > 1 and (threshold is not None or max_latency is not None or rates):
         raise InputError(
             "steps: rounds need a share, so threshold, rates and max_latency go in one"
         )
+    _check_together(
+        pattern,
+        max_latency,
+        {
+            "of": of != "macs", "at_most": at_most is not None, "rates": bool(rates), "uniform": uniform, "depth": bool(depth),
+            "steps": steps > 1, "epochs": bool(epochs), "compensate": bool(compensate), "threshold": threshold is not None,
+        },
+    )  # fmt: skip
     network = network_of(model, example, data)
     if pattern is not None:
         masks = WeightPruning(
@@ -112,16 +125,16 @@ def prune(
             threshold=threshold,
             ranking=ranking or "local",
             criterion=as_criterion(criterion),
-            exclude=tuple(exclude),
+            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
         )
-        return mask_weights(network, masks, data)
+        return mask_weights(model, network, masks, data)
     method = ChannelPruning(
         keep=keep,
         of=of,
         at_most=at_most,
         threshold=threshold,
         rates=tuple((rates or {}).items()),
-        exclude=tuple(exclude),
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
         criterion=as_criterion(
             Reconstruction() if criterion is None and data is not None else criterion
         ),
@@ -134,8 +147,8 @@ def prune(
         raise InputError(
             f"criterion {method.criterion.name}: it needs {', '.join(sorted(method.criterion.needs))} of data; give data=…"
         )
-    if max_latency is not None:
-        return _within(network, method, examples, max_latency, target, threads, compensate)
+    if limit is not None:
+        return _within(model, network, method, examples, limit, target, threads, compensate)
     dropped, notes = Plan(), []
     shallow = network
     if depth:
@@ -159,7 +172,20 @@ def prune(
         current = following
     if steps > 1:
         notes.append(f"cut in {steps} rounds")
-    return _done(current, network, dropped + slices, notes, examples, compensate, epochs)
+    return _done(model, current, network, dropped + slices, notes, examples, compensate, epochs)
+
+
+def _check_together(
+    pattern: str | None, max_latency: float | str | None, given: Mapping[str, bool]
+) -> None:
+    """Refuse what would be passed over."""
+    alone = {"pattern": pattern is not None, "max_latency": max_latency is not None}
+    fits = {"pattern": {"threshold"}, "max_latency": {"rates", "uniform", "compensate"}}
+    for name in [name for name, asked in alone.items() if asked]:
+        wrong = [other for other, asked in given.items() if asked and other not in fits[name]]
+        wrong += [other for other, asked in alone.items() if asked and other != name]
+        if wrong:
+            raise InputError(f"{name} does not go together with {', '.join(wrong)}; leave one out")
 
 
 def _depth(depth: float) -> DepthPruning:
@@ -183,10 +209,11 @@ def _round(method: ChannelPruning, steps: int) -> ChannelPruning:
 
 
 def _within(
+    model: Any,
     network: Network,
     method: ChannelPruning,
     examples: Examples | None,
-    max_latency: float | str,
+    limit: float,
     target: str,
     threads: int | None,
     compensate: bool | None,
@@ -195,7 +222,7 @@ def _within(
         network,
         method,
         _statistics(network, method, examples),
-        parse_milliseconds(max_latency),
+        limit,
         targets_for(target)[0],
         threads=threads or psutil.cpu_count(logical=False) or 1,
     )
@@ -203,10 +230,11 @@ def _within(
     if examples is not None and compensate is not False:
         pruned = fit_again(pruned, network, found.plan, batches_of(examples, network))
     note = f"{target}: {found.latency:.3g} ms at batch 1, the original {found.original:.3g} ms in the same rounds"
-    return _done(pruned, network, found.plan, [note], examples, compensate, 0.0)
+    return _done(model, pruned, network, found.plan, [note], examples, compensate, 0.0)
 
 
 def _done(
+    model: Any,
     pruned: Network,
     original: Network,
     plan: Plan,
@@ -220,8 +248,9 @@ def _done(
         notes.append(f"compensated on {len(examples)} examples")
     if epochs:
         notes.append(f"trained towards the original for {epochs:g} epochs a round")
-    if standard(pruned.module):
+    if standard(pruned.module, pruned.example):
         notes.append("standard checkpoint: from_pretrained loads it without tinier")
+    original, plan = since(model, original, plan)
     return Smaller(pruned, original, plan, notes=tuple(dict.fromkeys(notes)))
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from tinier.data.base import Examples
 from tinier.data.read import read
 from tinier.edits.base import Plan
+from tinier.edits.follow import joined
 from tinier.edits.slice import kept as kept_indices
 from tinier.graph.groups import channel_groups
 from tinier.graph.macs import macs
@@ -81,6 +82,13 @@ def network_of(model: Any, example: Example | None = None, data: Any = None) -> 
     if isinstance(model, Network):
         return model
     return load_source(model, example) if data is None else load_for(model, example, data)
+
+
+def since(model: Any, network: Network, plan: Plan) -> tuple[Network, Plan]:
+    """The original of what a step was given, and the plan from there: this step's, behind those before it."""
+    if not isinstance(model, Smaller):
+        return network, plan
+    return model.original, joined(model.original, model.plan, plan)
 
 
 def examples_of(data: Any, network: Network) -> Examples:

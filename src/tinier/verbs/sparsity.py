@@ -13,7 +13,7 @@ from tinier.recovery.growing import Growing
 from tinier.recovery.loop import recover as train_student
 from tinier.statistics import observe
 from tinier.verbs.calibration import calibration, labelled
-from tinier.verbs.smaller import Smaller, examples_of, network_of
+from tinier.verbs.smaller import Smaller, examples_of, network_of, since
 
 
 def sparsify(
@@ -72,12 +72,11 @@ def sparsify(
     smaller = plan.apply(done.network)
     names = ", ".join(penalty.name for penalty in penalties)
     note = f"trained for {done.epochs:.2g} epochs in {done.seconds:.0f} s with {names}"
-    before = model.plan if isinstance(model, Smaller) else Plan()
-    original = model.original if isinstance(model, Smaller) else network
-    return Smaller(smaller, original, before + plan, notes=(*smaller.notes, note))
+    original, plan = since(model, network, plan)
+    return Smaller(smaller, original, plan, notes=(*smaller.notes, note))
 
 
-def mask_weights(network: Network, method: WeightPruning, data: Any) -> Smaller:
+def mask_weights(model: Any, network: Network, method: WeightPruning, data: Any) -> Smaller:
     """The network with the weights masked that a method chooses; ``data`` is for criteria that need it."""
     statistics = None
     needs = method.criterion.weight_needs
@@ -88,4 +87,6 @@ def mask_weights(network: Network, method: WeightPruning, data: Any) -> Smaller:
     if needs:
         statistics = observe(network, labelled(calibration(data, network), network), needs=needs)
     plan = method.plan(network, statistics)
-    return Smaller(plan.apply(network), network, plan)
+    masked = plan.apply(network)
+    original, whole = since(model, network, plan)
+    return Smaller(masked, original, whole, notes=masked.notes)
