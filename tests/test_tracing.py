@@ -501,7 +501,7 @@ def test_a_wrong_recording_is_noticed_where_the_graph_takes_the_place_of_the_cla
     torch.testing.assert_close(pruned({"x": x})[0], wanted)
 
 
-class Branch(nn.Module):
+class LargeBatches(nn.Module):
     """Takes another way for large batches."""
 
     def __init__(self) -> None:
@@ -518,6 +518,6 @@ class Branch(nn.Module):
 
 def test_a_branch_on_the_batch_is_not_passed_over() -> None:
     torch.manual_seed(0)
-    network = Network(Branch(), {"x": torch.randn(2, 8)})
+    network = Network(LargeBatches(), {"x": torch.randn(2, 8)})
     assert network.traced.by_export and not network.traced.batched
     assert network.module.runs == 0  # what a forward counts is put back
