@@ -20,7 +20,8 @@ from tinier.edits.slice import Slice, random_inputs
 from tinier.graph.groups import Channels, channel_groups
 from tinier.graph.macs import macs
 from tinier.graph.masked import masked_outputs
-from tinier.graph.trace import call, evaluating, repeatable
+from tinier.graph.states import evaluating, repeatable
+from tinier.graph.trace import call
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.network import Network, name_inputs
 from tinier.sources.load import load

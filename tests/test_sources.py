@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinier.errors import ModelError
-from tinier.graph.trace import quiet
+from tinier.graph.states import quiet
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.methods.static_quantization import StaticQuantization
 from tinier.network import Network

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tinier.edits.rewrite import Rewriter
 from tinier.graph.axes import Atom, Axis, Product, product, size
 from tinier.graph.groups import Channels
-from tinier.graph.trace import call, evaluating, quiet
+from tinier.graph.states import evaluating, quiet
+from tinier.graph.trace import call
 
 # The field's names for what a config holds; one config has one or two of each row.
 QUERY_HEADS = (

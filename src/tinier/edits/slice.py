@@ -15,7 +15,8 @@ from tinier.graph.axes import Atom, Axis, atoms, positions
 from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.graph.masked import masked_outputs, masked_values
 from tinier.graph.single import HALF, is_half, recast, recast_inputs, recast_traced, single
-from tinier.graph.trace import Traced, isolated, leaves, repeatable
+from tinier.graph.states import repeatable
+from tinier.graph.trace import Traced, isolated, leaves
 from tinier.modules.masked import hold, masks_of
 from tinier.modules.piece import replaced
 from tinier.network import Network

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from tinier.edits.rewrite import REWRITES, Rewriter
 from tinier.graph.macs import module_path
 from tinier.graph.rules import operator_name
-from tinier.graph.trace import Traced, evaluating, isolated, repeatable
+from tinier.graph.states import evaluating, repeatable
+from tinier.graph.trace import Traced, isolated
 from tinier.modules.piece import Piece
 
 SAME = 1e-6  # relative to the largest value

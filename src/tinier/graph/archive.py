@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tinier.errors import InputError
-from tinier.graph.trace import Traced, quiet
+from tinier.graph.states import quiet
+from tinier.graph.trace import Traced
 
 KIND = "a torch.export archive (.pt2)"
 

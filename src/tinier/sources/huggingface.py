@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinier.errors import MissingError, ModelError
-from tinier.graph.trace import quiet
+from tinier.graph.states import quiet
 from tinier.network import Example, Network, name_inputs
 from tinier.sources.base import Source, first_line, present
 

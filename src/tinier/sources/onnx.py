@@ -11,7 +11,7 @@ from onnx import TensorProto
 from torch import Tensor, fx
 
 from tinier.errors import MissingError, ModelError
-from tinier.graph.trace import quiet
+from tinier.graph.states import quiet
 from tinier.network import Example, Network
 from tinier.sources.base import Source, first_line, present
 from tinier.sources.onnx_check import checked

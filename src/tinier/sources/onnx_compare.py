@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from tinier.errors import ModelError
-from tinier.graph.trace import quiet
+from tinier.graph.states import quiet
 from tinier.network import Network
 from tinier.sources.base import first_line
 from tinier.sources.onnx_graph import resized

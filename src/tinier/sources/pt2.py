@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from tinier.errors import ModelError
 from tinier.graph.archive import read
-from tinier.graph.trace import plain, quiet
+from tinier.graph.states import quiet
+from tinier.graph.trace import plain
 from tinier.network import Example, Network
 from tinier.sources.base import Source, present
 

@@ -9,7 +9,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from tinier.errors import ModelError, RefusedError
-from tinier.graph.trace import quiet
+from tinier.graph.states import quiet
 from tinier.network import Network
 
 OPSET = 18

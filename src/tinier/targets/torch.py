@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from tinier.errors import RefusedError
 from tinier.graph.archive import KIND, read, write
-from tinier.graph.trace import quiet
+from tinier.graph.states import quiet
 from tinier.network import Network
 from tinier.targets.base import (
     Artifact,

@@ -1,0 +1,69 @@
+"""States that networks are run and traced in, and left as they were: evaluation, repeated random numbers, silence."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def repeatable(seed: int = 0) -> Iterator[None]:
+    """Inside, random operators of a network draw the same values each time; the user's generator is left where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, each submodule's own mode again afterwards.
+
+    What a generation loop of transformers keeps from step to step is no output of the network: ``use_cache`` is off inside. Numbers that
+    a ``forward`` counts up are afterwards what they were.
+    """
+    plain_values = [
+        (part, {k: v for k, v in vars(part).items() if type(v) in (int, float, str, bool)})
+        for part in module.modules()
+    ]
+    modes = {name: part.training for name, part in module.named_modules()}
+    configs = {
+        id(c): c for part in module.modules() if (c := getattr(part, "config", None)) is not None
+    }
+    caching = [
+        c
+        for c in configs.values()
+        if getattr(c, "use_cache", None) is True and hasattr(c, "to_dict")
+    ]
+    module.eval()
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+        for part, values in plain_values:
+            vars(part).update(values)
+        for name, part in module.named_modules():
+            part.training = modes[name]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what torch says to its own developers while it traces and exports."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.export", "torch.onnx", "torch.fx", "onnxscript")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
