@@ -10,7 +10,9 @@ from rich.table import Table
 from tinier.cli.app import Json, Threads, app, guarded, print_json
 from tinier.report.terminal import Bars
 from tinier.report.words import bar
+from tinier.shrink import shrink as run_shrink
 from tinier.verbs import Smaller
+from tinier.verbs import linearize as run_linearize
 from tinier.verbs import prune as run_prune
 from tinier.verbs.disk import write_all
 
@@ -131,7 +133,44 @@ def prune(
             write_all(smaller, out)
         return smaller
 
-    smaller = guarded(work)
+    _finish(guarded(work), out, as_json)
+
+
+@app.command()
+def shrink(model: Model, out: Out, as_json: Json = False) -> None:
+    """Turn zeros that any tool left in the weights into a smaller model."""
+
+    def work(bars: Bars) -> Smaller:
+        with bars.task("shrinking", None):
+            smaller = run_shrink(model)
+        write_all(smaller, out)
+        return smaller
+
+    _finish(guarded(work), out, as_json)
+
+
+@app.command()
+def linearize(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Examples, a few hundred, that lines are fitted to.")],
+    out: Out,
+    keep: Annotated[
+        float, typer.Option(help="Share of the activation functions that stay.")
+    ] = 0.75,
+    as_json: Json = False,
+) -> None:
+    """Replace the activation functions that matter least by straight lines, and merge the layers between them."""
+
+    def work(bars: Bars) -> Smaller:
+        with bars.task("linearizing", None):
+            smaller = run_linearize(model, data=data, keep=keep)
+        write_all(smaller, out)
+        return smaller
+
+    _finish(guarded(work), out, as_json)
+
+
+def _finish(smaller: Smaller, out: Path, as_json: bool) -> None:
     if as_json:
         print_json({**smaller.as_dict(), "folder": str(out)})
         return
