@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import tinier
 from tinier.edits.base import Plan
-from tinier.edits.slice import Slice, random_inputs
+from tinier.edits.proof import random_inputs
+from tinier.edits.slice import Slice
 from tinier.graph.groups import Channels, channel_groups
 from tinier.graph.macs import macs
 from tinier.graph.masked import masked_outputs

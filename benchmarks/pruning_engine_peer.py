@@ -27,7 +27,9 @@ def main() -> None:
         pruning_ratio=RATIO,
         ignored_layers=classifier,
         num_heads=heads,
-        prune_head_dims=bool(heads),
+        prune_num_heads=bool(heads),
+        prune_head_dims=not heads,
+        head_pruning_ratio=RATIO,
         output_transform=lambda output: output.logits.sum(),
     )
     built = time.perf_counter()

@@ -13,8 +13,9 @@ from networks import build
 from test_tracing import assert_unchanged, state
 from tinier.criteria.random import Random
 from tinier.edits.base import Plan
+from tinier.edits.proof import NOT_PROVED
 from tinier.edits.rewrite import sliced_graph
-from tinier.edits.slice import NOT_PROVED, Slice, prove
+from tinier.edits.slice import Slice, prove
 from tinier.errors import InputError, ModelError, RefusedError
 from tinier.graph.groups import channel_groups
 from tinier.graph.macs import macs
@@ -297,7 +298,7 @@ def test_rounding_is_told_from_a_wrong_cut_by_more_digits(monkeypatch: pytest.Mo
     torch.manual_seed(0)
     network = Network(Cancelling(), {"x": torch.randn(2, 16)})
     plan = ChannelPruning(keep=0.5, round_to=1).plan(network)
-    monkeypatch.setattr("tinier.edits.slice.TOLERANCE", 1e-9)  # which float32 cannot meet
+    monkeypatch.setattr("tinier.edits.proof.TOLERANCE", 1e-9)  # which float32 cannot meet
     plan.apply(network)
     wrong = torch.tensor(1e-5)
 

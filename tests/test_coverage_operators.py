@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinier.edits.base import Plan
-from tinier.edits.slice import Slice, prove, random_inputs
+from tinier.edits.proof import random_inputs
+from tinier.edits.slice import Slice, prove
 from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.network import Network
 from tinier.targets.onnx_file import write_onnx

@@ -16,8 +16,9 @@ import tinier
 from networks import NETWORKS, build, randomize_norms
 from tinier.edits.base import Plan
 from tinier.edits.mask import Mask
+from tinier.edits.proof import random_inputs
 from tinier.edits.shift import Shift
-from tinier.edits.slice import Slice, random_inputs
+from tinier.edits.slice import Slice
 from tinier.errors import RefusedError
 from tinier.graph.groups import channel_groups
 from tinier.graph.known import Known

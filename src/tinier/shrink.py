@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tinier.edits.base import Plan
-from tinier.edits.slice import TOLERANCE, Slice, difference, random_inputs
+from tinier.edits.proof import TOLERANCE, difference, random_inputs
+from tinier.edits.slice import Slice
 from tinier.errors import RefusedError
 from tinier.methods.dead_channels import DeadChannels
 from tinier.modules.masked import release

@@ -1,5 +1,6 @@
 """Magnitude: the channels with small weights leave first."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +21,8 @@ from tinier.errors import InputError
 from tinier.graph.groups import Group
 from tinier.network import Network
 from tinier.statistics import Statistics
+
+CACHED = 2**18  # entries of a weight that are squared at once
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,12 @@ class Magnitude(Criterion):
 
 
 def _squares(weight: Tensor, dim: int) -> Tensor:
-    """Σ w² over all dimensions but one, without a copy of the weight in another type; (length,) float64."""
-    if dim + 1 < weight.ndim:
-        inner = weight.flatten(dim + 1)
-        along = torch.linalg.vecdot(inner, inner)
-    elif dim:
-        along = torch.linalg.vecdot(weight, weight, dim=0)
-        dim -= 1
-    else:
-        along = weight.square()
-    return along.double().sum(tuple(range(dim))) if dim else along.double()
+    """Σ w² over all dimensions but one, a cache's worth at a time; (length,) float64."""
+    length = weight.shape[dim]
+    if dim == 0:
+        return torch.linalg.vector_norm(weight.reshape(length, -1), dim=1).double().square()
+    rows = weight.reshape(math.prod(weight.shape[:dim]), -1)
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=weight.device)
+    for some in rows.split(max(CACHED // rows.shape[1], 1)):
+        total += torch.linalg.vecdot(some, some, dim=0)
+    return total.view(length, -1).sum(1)

@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from tinier.edits.base import Edit
 from tinier.edits.config import parts
-from tinier.edits.slice import NOT_PROVED, TOLERANCE, difference, named, on_meta, random_inputs
+from tinier.edits.proof import NOT_PROVED, TOLERANCE, difference, on_meta, random_inputs
+from tinier.edits.slice import named
 from tinier.errors import RefusedError
 from tinier.graph.blocks import Block, blocks, without
 from tinier.graph.groups import channel_groups

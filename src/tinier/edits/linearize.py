@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from tinier.edits.base import Edit
-from tinier.edits.slice import NOT_PROVED, TOLERANCE, difference, named, on_meta, random_inputs
+from tinier.edits.proof import NOT_PROVED, TOLERANCE, difference, on_meta, random_inputs
+from tinier.edits.slice import named
 from tinier.errors import RefusedError
 from tinier.graph.activations import Activation, Line, activations, straightened
 from tinier.graph.macs import module_path

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from tinier.edits.base import Edit
-from tinier.edits.slice import TOLERANCE, difference, named, random_inputs
+from tinier.edits.proof import TOLERANCE, difference, random_inputs
+from tinier.edits.slice import named
 from tinier.errors import RefusedError
 from tinier.graph.macs import module_path
 from tinier.graph.neighbours import Neighbours, merged_tensors, neighbours

@@ -34,12 +34,17 @@ def kept_along(channels: Channels, kept: Kept) -> dict[str, dict[int, Tensor]]:
     return result
 
 
-def cut_copy(module: Module, along: Mapping[str, Mapping[int, Tensor]]) -> Module:
+def cut_copy(
+    module: Module,
+    along: Mapping[str, Mapping[int, Tensor]],
+    made: dict[str, Tensor] | None = None,
+) -> Module:
     """A deep copy of a module with smaller parameters and buffers; tied names stay tied, and what shared memory no longer does.
 
     Args:
         module: left as it is.
         along: name → dimension → (kept,) int64 positions that stay; names that the module does not have are passed over.
+        made: name → parameter that an earlier copy has; they are shared with it, and new ones added. Of all copies one may live on.
 
     Cost:
         Memory for what is kept: nothing is copied whole and cut afterwards.
@@ -53,11 +58,19 @@ def cut_copy(module: Module, along: Mapping[str, Mapping[int, Tensor]]) -> Modul
         names.setdefault(id(tensor), []).extend((name, plain_name(name)))
     memo: dict[int, Any] = {}  # what copy.deepcopy takes for copied
     for key, old in tensors.items():
-        new = old.detach()
-        cuts = next((along[name] for name in names[key] if name in along), {})
-        for dim, indices in cuts.items():
-            new = new.index_select(dim, indices.to(new.device))
-        new = new if cuts else new.clone()
+        # Buffers may be written to by whoever looks at them, as those of spectral norms are.
+        shared = made if isinstance(old, nn.Parameter) else None
+        known = next((shared[n] for n in names[key] if n in shared), None) if shared else None
+        if known is None:
+            new = old.detach()
+            cuts = next((along[name] for name in names[key] if name in along), {})
+            for dim, indices in cuts.items():
+                new = new.index_select(dim, indices.to(new.device))
+            new = new if cuts else new.clone()
+            if shared is not None:
+                shared |= dict.fromkeys(names[key], new)
+        else:
+            new = known.detach()
         memo[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     for owner in module.modules():  # what a hook computed, as torch.nn.utils.weight_norm does
         for value in vars(owner).values():
@@ -76,13 +89,16 @@ def _tensors(module: nn.Module) -> list[tuple[Callable[[nn.Module], Any], nn.Mod
     return found
 
 
-def sliced_graph(traced: Traced, channels: Channels, kept: Kept) -> fx.GraphModule:
+def sliced_graph(
+    traced: Traced, channels: Channels, kept: Kept, made: dict[str, Tensor] | None = None
+) -> fx.GraphModule:
     """The smaller graph.
 
     Args:
         traced: the original; left as it is.
         channels: its axes.
         kept: atom → (kept,) int64 positions that stay.
+        made: see ``cut_copy``.
 
     Returns:
         A module that takes and returns what the traced one does; its parameters have their own names; batch size as free as before.
@@ -90,7 +106,7 @@ def sliced_graph(traced: Traced, channels: Channels, kept: Kept) -> fx.GraphModu
     Raises:
         RefusedError: a constant of the graph cannot be written anew.
     """
-    module = cut_copy(traced.module, kept_along(channels, kept))
+    module = cut_copy(traced.module, kept_along(channels, kept), made)
     rewriter = Rewriter(channels, kept)
     for old, new in zip(traced.module.graph.nodes, list(module.graph.nodes), strict=True):
         rewrite = REWRITES.get(operator_name(old)) if old.op == "call_function" else None

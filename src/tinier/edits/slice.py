@@ -1,6 +1,6 @@
 """Slice: channels leave for good, from every parameter that has them, and the result is proved."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,28 +8,29 @@ import torch
 from torch import Tensor, fx
 
 from tinier.edits.base import Edit, Plan
+from tinier.edits.proof import (
+    NOT_PROVED,
+    Reference,
+    difference,
+    left,
+    on_meta,
+    random_inputs,
+    traced_right,
+)
 from tinier.edits.rewrite import Kept, kept_along, sliced_graph
 from tinier.edits.stock import stock_modules
 from tinier.errors import ModelError, RefusedError
-from tinier.graph.axes import Atom, Axis, atoms, positions
+from tinier.graph.axes import Atom
 from tinier.graph.groups import Channels, Group, channel_groups
-from tinier.graph.masked import masked_outputs, masked_values
-from tinier.graph.single import HALF, is_half, recast, recast_inputs, recast_traced, single
+from tinier.graph.same import same_graph
 from tinier.graph.states import repeatable
 from tinier.graph.trace import Traced, isolated, leaves
 from tinier.modules.masked import hold, masks_of
 from tinier.modules.piece import replaced
 from tinier.network import Network
 
-TOLERANCE = 1e-5
-ROUNDING = 1e-3  # a difference above this is none of rounding
-EXACT = 1e-10  # what rounding leaves in float64
 # Of the class to the graph: the same operators on the same weights, so a wrong size shows.
 SAME = 1e-6
-NOT_PROVED = (
-    "it is on the meta device, where nothing can be run: the smaller network was not proved equal to the masked reference; "
-    "apply the plan to the network with its weights for that"
-)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Slice(Edit):
         for parameter, dim, axis in dict.fromkeys(
             (s.parameter, s.dim, s.axis) for s in group.slots
         ):
-            cuts.append((parameter, dim, tuple(_left(axis, atom).tolist())))
+            cuts.append((parameter, dim, tuple(left(axis, atom).tolist())))
         return Slice(group.name, group.size, channels, tuple(cuts))
 
     def row(self) -> tuple[str, str]:
@@ -75,8 +76,8 @@ class Slice(Edit):
             RefusedError: a slice does not fit the network, or the proof fails.
 
         Cost:
-            One trace, two copies of what is kept, and a few runs at batch 2 and 3; networks in half precision are also copied whole to
-            float32, in which they are proved.
+            Two traces, one copy of what is kept, one run of the original at batch 3 and one of the smaller network; some more runs where
+            the class does not trace to the cut graph. Networks in half precision are also copied whole to float32, and proved in it.
         """
         slices = [edit for edit in edits if isinstance(edit, Slice)]
         traced = network.traced
@@ -84,22 +85,24 @@ class Slice(Edit):
         kept = _kept_atoms(slices, channels)
         if not kept:
             return network.copy()
-        graph = sliced_graph(traced, channels, kept)
+        made: dict[str, Tensor] = {}  # cut once, for the graph and for the class
+        graph = sliced_graph(traced, channels, kept, made)
+        reference = Reference(network, channels, kept, seed=0)
         notes: tuple[str, ...] = ()
-        if on_meta(network):
-            notes = (NOT_PROVED,)
-        else:
-            gap = _prove(network, graph, graph, channels, kept, seed=0)
-            notes = (
-                f"equals its masked reference to {gap:.0e} of its largest output, as it was cut",
-            )
+        pruned, gap = None, None
         try:
-            pruned = _stock(network, graph, channels, kept)
+            pruned, gap = _stock(reference, graph, made)
         except ModelError as error:  # a class that is built anew from its config says why it cannot
-            pruned, notes = None, (*notes, f"what is left is the traced graph: {error}")
+            notes = (f"what is left is the traced graph: {error}",)
+        if on_meta(network):
+            notes = (NOT_PROVED, *notes)
+        else:
+            gap = reference.prove(graph, graph) if gap is None else gap
+            found = f"equals its masked reference to {gap:.0e} of its largest output, as it was cut"
+            notes = (found, *notes)
         if pruned is None:
             # Nothing compares this graph with the user's class any more: the one that it was cut from has to be the class.
-            if not traced.by_export and not on_meta(network) and not _traced_right(network):
+            if not traced.by_export and not on_meta(network) and not traced_right(network):
                 return cls.apply_all(edits, network.exported())
             module = named(graph, traced)
             try:
@@ -108,7 +111,9 @@ class Slice(Edit):
                 raise RefusedError(f"{network.name}: a mask is lost, {error}; unmask it") from error
             pruned = Network(module, network.example, network.name, network.folder)
         pruned = pruned.noted(*notes, *replaced(pruned.module))
-        pruned.module.train(network.module.training)
+        modes = {path: part.training for path, part in network.module.named_modules()}
+        for path, part in pruned.module.named_modules():
+            part.training = modes.get(path, network.module.training)
         return pruned
 
 
@@ -116,10 +121,10 @@ def kept(plan: Plan) -> dict[str, dict[int, tuple[int, ...]]]:
     """What a plan keeps: parameter name → dimension → positions that stay, over all groups that meet there."""
     result: dict[str, dict[int, tuple[int, ...]]] = {}
     for edit in plan.edits:
-        for parameter, dim, left in edit.cuts if isinstance(edit, Slice) else ():
+        for parameter, dim, stays in edit.cuts if isinstance(edit, Slice) else ():
             dims = result.setdefault(parameter, {})
-            both = set(left) & set(dims.get(dim, left))
-            dims[dim] = tuple(index for index in left if index in both)
+            both = set(stays) & set(dims.get(dim, stays))
+            dims[dim] = tuple(index for index in stays if index in both)
     return result
 
 
@@ -145,93 +150,7 @@ def prove(original: Network, pruned: Network, plan: Plan, seed: int = 0) -> floa
     slices = [edit for edit in plan.edits if isinstance(edit, Slice)]
     atoms_kept = _kept_atoms(slices, channels)
     graph = sliced_graph(original.traced, channels, atoms_kept)
-    return _prove(original, pruned, graph, channels, atoms_kept, seed)
-
-
-def _traced_right(network: Network) -> bool:
-    """Whether the traced graph computes what the module does."""
-    inputs = random_inputs(network, seed=2)
-    with torch.no_grad(), repeatable():
-        wanted = network(inputs)
-    with torch.no_grad(), repeatable():
-        found = leaves(isolated(network.traced.module, inputs))
-    return len(found) == len(wanted) and difference(found, wanted) <= TOLERANCE
-
-
-def on_meta(network: Network) -> bool:
-    """Whether parameters or inputs have no values (torch.device("meta"))."""
-    return any(t.is_meta for t in (*network.module.parameters(), *network.example.values()))
-
-
-def _prove(
-    original: Network,
-    pruned: Network | fx.GraphModule,
-    graph: fx.GraphModule,
-    channels: Channels,
-    kept: Kept,
-    seed: int,
-) -> float:
-    inputs, traced, run = random_inputs(original, seed), original.traced, pruned
-    if is_half(traced.module, inputs):
-        traced, channels = recast_traced(traced, channels, HALF, torch.float32)
-        run = single(pruned if isinstance(pruned, fx.GraphModule) else pruned.traced.module)
-        graph, inputs = single(graph), recast_inputs(inputs, HALF, torch.float32)
-    with repeatable():
-        wanted = masked_outputs(traced, channels, kept, inputs)
-    try:
-        with torch.no_grad(), repeatable():
-            found = run(inputs) if isinstance(run, Network) else leaves(isolated(run, inputs))
-        gap = difference(found, wanted)
-    except (RuntimeError, IndexError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RefusedError(f"{original.name}: the pruned network does not run: {first}") from error
-    if TOLERANCE < gap <= ROUNDING:
-        # Deep networks round that much in float32. What is rounding vanishes in float64, and what is wrong stays.
-        single_type, double = (torch.float32,), torch.float64
-        module = run.traced.module if isinstance(run, Network) else run
-        with torch.no_grad(), repeatable():
-            wide = recast_inputs(inputs, single_type, double)
-            exact = leaves(isolated(recast(module, single_type, double), wide))
-        with repeatable():
-            reference = masked_outputs(
-                *recast_traced(traced, channels, single_type, double), kept, wide
-            )
-        if difference(exact, reference) <= EXACT:
-            return gap
-    if gap > TOLERANCE:
-        where = _first_difference(traced, graph, channels, kept, inputs)
-        raise RefusedError(
-            f"{original.name}: the pruned network differs from the masked reference by {gap:.1e} (relative); {where}"
-        )
-    return gap
-
-
-def random_inputs(network: Network, seed: int) -> dict[str, Tensor]:
-    """Inputs like the example: normal as it is, or drawn from the integers in which its rows differ; batch 3 where it is free."""
-    generator = torch.Generator().manual_seed(seed)
-    result = {}
-    for name, tensor in (
-        network.batch(3).items() if network.traced.batched else network.example.items()
-    ):
-        if tensor.is_floating_point():
-            deviation = tensor.float().std() if tensor.numel() > 1 else torch.tensor(0.0)
-            if not deviation > 0:  # an example of zeros or ones would prove nothing
-                deviation = torch.tensor(1.0)
-            noise = (
-                torch.randn(tensor.shape, generator=generator).to(tensor.device) * deviation
-                + tensor.float().mean()
-            )
-            result[name] = noise.to(tensor)
-        elif tensor.dtype == torch.bool or tensor.max() <= 1:  # masks and types
-            result[name] = tensor
-        else:
-            # Where all rows agree, a token may have a meaning of its own, as the placeholders of an image.
-            fixed = (tensor == tensor[:1]).all(0, keepdim=True).expand(tensor.shape)
-            pool = tensor[~fixed] if not bool(fixed.all()) else tensor.flatten()[:0]
-            chosen = torch.randint(max(len(pool), 1), tensor.shape, generator=generator)
-            drawn = pool[chosen.to(tensor.device)] if len(pool) else tensor
-            result[name] = torch.where(fixed, tensor, drawn)
-    return result
+    return Reference(original, channels, atoms_kept, seed).prove(pruned, graph)
 
 
 def _cut_masks(network: Network, channels: Channels, kept: Kept) -> dict[str, Tensor]:
@@ -242,10 +161,6 @@ def _cut_masks(network: Network, channels: Channels, kept: Kept) -> dict[str, Te
             mask = mask.index_select(dim, indices)
         result[name] = mask
     return result
-
-
-def _left(axis: Axis, kept: Kept) -> Tensor:
-    return positions(axis, lambda atom: kept[atom] if atom in kept else torch.arange(atom.size))
 
 
 def _kept_atoms(slices: list[Slice], channels: Channels) -> Kept:
@@ -271,92 +186,48 @@ def _kept_atoms(slices: list[Slice], channels: Channels) -> Kept:
     return result
 
 
-def difference(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
-    """The largest difference relative to the largest value; infinity for other shapes or NaN in one alone."""
-    largest = 0.0
-    for a, b in zip(found, wanted, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if a.is_meta:
-            continue
-        if not torch.equal(a.isnan(), b.isnan()):
-            return float("inf")
-        same = a == b
-        scale = b.double().nan_to_num(0, 0, 0).abs().max().clamp(min=1e-6) if b.numel() else 1
-        gap = torch.where(same | a.isnan(), 0.0, (a.double() - b.double()).abs() / scale)
-        largest = max(largest, float(gap.max()) if gap.numel() else 0.0)
-    return largest
-
-
-def _first_difference(
-    traced: Traced,
-    graph: fx.GraphModule,
-    channels: Channels,
-    kept: Kept,
-    inputs: Mapping[str, Tensor],
-) -> str:
-    """The first operator whose sliced result is not the kept part of the masked one."""
-    interpreter = fx.Interpreter(graph, garbage_collect_values=False)
-    interpreter.env = {}
-    pairs = zip(graph.graph.nodes, masked_values(traced, channels, kept, inputs), strict=True)
-    with torch.no_grad():
-        for node, (original, masked) in pairs:
-            if node.op == "placeholder":
-                interpreter.env[node] = inputs[str(node.target)].clone()
-                continue
-            if "empty" in str(node.target):  # whatever was in memory, filled later on
-                interpreter.env[node] = interpreter.run_node(node)
-                continue
-            try:
-                interpreter.env[node] = found = interpreter.run_node(node)
-            except RuntimeError as error:
-                return f"first at {original.name} ({original.target}): {error}"
-            axes = channels.axes.get(original)
-            # Integers may be positions, which are numbered anew.
-            if (
-                isinstance(masked, Tensor)
-                and isinstance(axes, list)
-                and (masked.is_floating_point() or masked.is_complex())
-            ):
-                for dim, axis in enumerate(axes):
-                    if any(atom in kept for atom in atoms(axis)):
-                        left = _left(axis, kept)
-                        if masked.shape[dim] != original.meta["val"].shape[dim]:
-                            break
-                        masked = masked.index_select(dim, left.to(masked.device))
-                else:
-                    if difference([found], [masked]) > TOLERANCE:
-                        return f"first at {original.name} ({original.target})"
-    return "though no operator of the traced graph does: the class computes something else"
-
-
 def _stock(
-    network: Network, graph: fx.GraphModule, channels: Channels, kept: Kept
-) -> Network | None:
-    """The user's class with smaller parameters if it computes what the graph does, as it stands and traced."""
+    reference: Reference, graph: fx.GraphModule, made: dict[str, Tensor]
+) -> tuple[Network | None, float | None]:
+    """The user's class with smaller parameters if it computes what the graph does, as it stands and traced.
+
+    Returns:
+        The network, or None; and its difference to the masked reference, where that was the comparison.
+    """
+    network, channels, kept = reference.original, reference.channels, reference.kept
     if isinstance(network.module, fx.GraphModule):
-        return None
+        return None, None
     meta = on_meta(network)
     batches = [network.example] if meta else [random_inputs(network, seed=1), network.example]
-    with torch.no_grad(), repeatable():
-        wanted = [leaves(isolated(graph, inputs)) for inputs in batches]
+    wanted: list[tuple[Tensor, ...]] = []
     inputs = None if meta else batches[0]
-    for module in stock_modules(network.module, channels, kept, network.traced, graph, inputs):
+    for module in stock_modules(
+        network.module, channels, kept, network.traced, graph, inputs, made
+    ):
         candidate = Network(module, network.example, network.name, network.folder)
         try:
+            # Some classes take another way while they are traced: both ways are compared.
+            traced = candidate.traced
+            if traced.batched != network.traced.batched:
+                continue
+            if not meta and same_graph(traced.module, graph):
+                gap = reference.equals(candidate)
+                if gap is not None:
+                    return candidate, gap
+            if not wanted:
+                with torch.no_grad(), repeatable():
+                    wanted = [leaves(isolated(graph, inputs)) for inputs in batches]
             with repeatable():
                 found = [] if meta else [candidate(inputs) for inputs in batches]
             if not meta and not _agree(found, wanted):
                 continue
-            # Some classes take another way while they are traced.
-            traced = candidate.traced
             with torch.no_grad(), repeatable():
                 found = [leaves(isolated(traced.module, inputs)) for inputs in batches]
         except Exception:  # the user's code: anything may be raised, and the graph stands in
             continue
-        if _agree(found, wanted) and candidate.traced.batched == network.traced.batched:
-            return candidate
-    return None
+        if _agree(found, wanted):
+            return candidate, None
+    return None, None
 
 
 def _agree(found: list[tuple[Tensor, ...]], wanted: list[tuple[Tensor, ...]]) -> bool:

@@ -1,5 +1,6 @@
 """The user's own class with smaller parameters: tensors are cut and the attributes that hold sizes put right."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,6 +37,7 @@ def stock_modules(
     traced: Traced | None = None,
     graph: fx.GraphModule | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    made: dict[str, Tensor] | None = None,
 ) -> Iterable[nn.Module]:
     """Copies of the user's module with smaller parameters, the likeliest first.
 
@@ -49,18 +51,25 @@ def stock_modules(
         traced: its graph; with the next two, modules that cannot take their smaller weights are replaced one at a time.
         graph: the smaller graph.
         inputs: name → tensor, random.
+        made: name → tensor that is cut already; the copies share their parameters with one another and with these, so that one may live on.
     """
     if isinstance(module, KerasModule):
         yield from keras_modules(module, channels, kept)
         return
     run = Rewriter(channels, kept)
+    along, made = kept_along(channels, kept), {} if made is None else made
+    says = _config_says(module, channels, run)
     # By names that the field knows, then by the sizes that operators work with.
     tried: list[Attributes] = []
     for ambiguous, sizes in ((False, None), (True, None), (False, True), (False, False)):
         for config in (True, False):
-            candidate = cut_copy(module, kept_along(channels, kept))
-            if config and not set_config(candidate, channels, run):
+            if config and not says:
                 continue
+            candidate = cut_copy(
+                module, along, made
+            ).eval()  # in training, spectral norms change as they are looked at
+            if config:
+                set_config(candidate, channels, run)
             _set_layers(candidate, run)
             if sizes is None:
                 _set_heads(candidate, channels, run, ambiguous)
@@ -71,7 +80,7 @@ def stock_modules(
             yield candidate
     if traced is not None and graph is not None and inputs is not None:
         # The config stays as it was: it could not say what the pieces are.
-        candidate = cut_copy(module, kept_along(channels, kept))
+        candidate = cut_copy(module, along, made).eval()
         _set_layers(candidate, run)
         set_sizes(candidate, run, True)
         try:
@@ -80,6 +89,13 @@ def stock_modules(
             mended = False
         if mended:
             yield candidate
+
+
+def _config_says(module: nn.Module, channels: Channels, run: Rewriter) -> bool:
+    """Whether the config can follow the cut."""
+    probe: Any = nn.Module()
+    probe.config = copy.deepcopy(getattr(module, "config", None))
+    return set_config(probe, channels, run)
 
 
 def _set_layers(module: nn.Module, run: Rewriter) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from tinier.graph.record import Recording, Runner
-from tinier.graph.recorded import Builder, other_size
+from tinier.graph.recorded import Builder, Unconfirmed, other_size
 
 
 def record(
@@ -30,26 +30,34 @@ def record(
         Exception: whatever the network raises where it needs values.
 
     Cost:
-        Three runs without values, and one more for each further free size: milliseconds for a hundred operators.
+        Two runs without values, and one more for each free size but a lone batch: milliseconds for a hundred operators.
     """
     run = Runner(module, example)
     base = run({})
+    places = [
+        (n, dim) for n, tensor in example.items() for dim in free(tensor) if tensor.shape[dim] > 1
+    ]
+    if not places:
+        return Builder(run, [], [base]).build(), base.result
+    # Branches on a size show only where the size is another one by much; the batch may grow without end, a length may not.
+    far = {place: other_size(example, place, 9 if place[1] else 61) for place in places}
+    try:
+        last = run(far)
+    except Exception:  # the user's code, at a length that it does not take
+        near = {place: other_size(example, place, 3) for place in places}
+        far = {place: near[place] if place[1] else size for place, size in far.items()}
+        last = run(far)
+    if (
+        not any(dim for _, dim in places)
+        and len({example[name].shape[0] for name, _ in places}) == 1
+    ):
+        try:  # Numbers in proportion to the batch at two sizes so far apart are so at all.
+            return Builder(run, [tuple(places)], [base, last], far).build(), base.result
+        except Unconfirmed:
+            pass
     sizes = _free_sizes(run, base, example, free)
-    recordings = [base, *(other for _, other in sizes)]
-    groups = [dims for dims, _ in sizes]
-    sizes_far: list[int] = []
-    if groups:
-        moved = {place: other_size(example, place, 3) for dims in groups for place in dims}
-        recordings.append(run(moved))
-        # Branches on a size show only where the size is another one by much; the batch may grow without end, a length may not.
-        far = {place: other_size(example, place, 9 if place[1] else 61) for place in moved}
-        try:
-            recordings.append(run(far))
-        except Exception:  # the user's code, at a length that it does not take
-            far = {place: size if place[1] == 0 else moved[place] for place, size in far.items()}
-            recordings.append(run(far))
-        sizes_far = [far[dims[0]] for dims in groups]
-    return Builder(run, groups, recordings, sizes_far).build(), base.result
+    recordings = [base, *(other for _, other in sizes), last]
+    return Builder(run, [dims for dims, _ in sizes], recordings, far).build(), base.result
 
 
 def _free_sizes(

@@ -145,8 +145,35 @@ class _Masked(fx.Interpreter):
         if not isinstance(value, Tensor) or axes is None:
             return value
         in_place = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        if not in_place and self._is_new(node, value):
+            return self._zeroed(axes, value)
         masked = self._masked(axes, value)
         return value.copy_(masked) if in_place and masked is not value else masked
+
+    def _is_new(self, node: fx.Node, value: Tensor) -> bool:
+        """Whether an operator has just made a tensor of its own, that nothing else looks into."""
+        if node.op != "call_function" or value.is_inference():
+            return False
+        if value._base is not None or any(
+            step == 0 and length > 1
+            for step, length in zip(value.stride(), value.shape, strict=True)
+        ):
+            return False
+        place = value.untyped_storage().data_ptr()
+        return all(
+            source.untyped_storage().data_ptr() != place
+            if isinstance(source, Tensor)
+            else isinstance(source, int)  # a list may hold the tensor itself
+            for source in map(self.env.get, node.all_input_nodes)
+        )
+
+    def _zeroed(self, axes: list[Axis], value: Tensor) -> Tensor:
+        """Zeros at the cut positions, in place."""
+        for dim, axis in enumerate(axes):
+            mask = self.mask_of(axis, value.shape[dim])
+            if mask is not None:
+                value.index_fill_(dim, (~mask).nonzero().flatten().to(value.device), 0)
+        return value
 
     def _masked(self, axes: list[Axis], value: Tensor) -> Tensor:
         for dim, axis in enumerate(axes):

@@ -22,6 +22,10 @@ from tinier.graph.shapes import META
 aten = torch.ops.aten
 
 
+class Unconfirmed(Unclear):
+    """Two recordings agree on a number that a third has to confirm."""
+
+
 class Size(NamedTuple):
     """A number that follows the free sizes: constant + factor · the product of some of them, by position."""
 
@@ -53,21 +57,30 @@ class _Origin(Source):
 
 
 class Builder:
-    """Makes one graph of recordings: the first as given, one for each free size, and two with all of them changed, one of them by much."""
+    """Makes one graph of recordings.
+
+    Args:
+        run: what recorded them.
+        groups: for each free size, the places (input, dimension) that have it.
+        recordings: the first as given, one for each free size, and the last with all of them changed by much. With one free size, two
+            recordings are enough where all that follows it is in proportion to it.
+        far: place → its size in the last recording.
+    """
 
     def __init__(
         self,
         run: Runner,
         groups: Sequence[tuple[tuple[str, int], ...]],
         recordings: Sequence[Recording],
-        far: Sequence[int] = (),
+        far: Mapping[tuple[str, int], int] | None = None,
     ) -> None:
-        self.far = list(far)
         self.run, self.groups, self.recordings = run, groups, recordings
         example = run.example
         self.old = [example[dims[0][0]].shape[dims[0][1]] for dims in groups]
-        self.new = [other_size(example, dims[0], 1) for dims in groups]
-        self.last = [other_size(example, dims[0], 3) for dims in groups]
+        self.far = [far[dims[0]] for dims in groups] if far else []
+        self.confirmed = len(recordings) != len(groups) + 1
+        near = [other_size(example, dims[0], 1) for dims in groups]
+        self.new = near if self.confirmed else self.far
         self.graph = fx.Graph()
         self.fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.sizes: dict[tuple[Any, ...], int | Size] = {}
@@ -224,6 +237,8 @@ class Builder:
             (index,) = of
             factor, rest = divmod(moved[index] - first, self.new[index] - self.old[index])
             size = Size(first - factor * self.old[index], factor, of)
+            if size.constant and not self.confirmed:
+                raise Unconfirmed("a number follows a size, but not in proportion")
         else:
             whole = 1
             for index in of:
@@ -239,8 +254,7 @@ class Builder:
         points = [list(self.old) for _ in values]
         for index in range(len(self.groups)):
             points[index + 1][index] = self.new[index]
-        points[len(self.groups) + 1] = list(self.last)
-        points[len(self.groups) + 2] = list(self.far)
+        points[-1] = list(self.far)
         for point, value in zip(points, values, strict=True):
             product = size.factor
             for index in size.of:
