@@ -19,6 +19,7 @@ from tinier.graph.trace import Traced
 from tinier.modules.masked import plain_name
 
 Kept = Mapping[Atom, Tensor]
+SPARE = 2**24  # entries that are set aside at first; what is not written to takes no memory
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -57,6 +58,7 @@ def cut_copy(
         # A held mask leaves with the weight that it is over, under the weight's own name.
         names.setdefault(id(tensor), []).extend((name, plain_name(name)))
     memo: dict[int, Any] = {}  # what copy.deepcopy takes for copied
+    spare: dict[tuple[Any, ...], Tensor] = {}
     for key, old in tensors.items():
         # Buffers may be written to by whoever looks at them, as those of spectral norms are.
         shared = made if isinstance(old, nn.Parameter) else None
@@ -64,9 +66,7 @@ def cut_copy(
         if known is None:
             new = old.detach()
             cuts = next((along[name] for name in names[key] if name in along), {})
-            for dim, indices in cuts.items():
-                new = new.index_select(dim, indices.to(new.device))
-            new = new if cuts else new.clone()
+            new = _selected(new, list(cuts.items()), spare) if cuts else new.clone()
             if shared is not None:
                 shared |= dict.fromkeys(names[key], new)
         else:
@@ -77,6 +77,21 @@ def cut_copy(
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(module, memo)
+
+
+def _selected(tensor: Tensor, cuts: list[tuple[int, Tensor]], spare: dict[Any, Tensor]) -> Tensor:
+    """What is left of a tensor. The first of several cuts goes to memory that is used again: fresh pages cost more than the cut."""
+    for number, (dim, given) in enumerate(cuts):
+        stay = given.to(tensor.device)
+        if number or len(cuts) == 1:
+            tensor = tensor.index_select(dim, stay)
+            continue
+        shape = [*tensor.shape[:dim], len(stay), *tensor.shape[dim + 1 :]]
+        kind = tensor.dtype, tensor.device
+        if kind not in spare or spare[kind].numel() < prod(shape):
+            spare[kind] = tensor.new_empty(max(prod(shape), SPARE))
+        tensor = torch.index_select(tensor, dim, stay, out=spare[kind][: prod(shape)].view(shape))
+    return tensor
 
 
 def _tensors(module: nn.Module) -> list[tuple[Callable[[nn.Module], Any], nn.Module, str, str]]:

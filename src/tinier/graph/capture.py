@@ -292,7 +292,7 @@ def register(root: nn.Module, name: str, value: Tensor) -> None:
     for part in path:
         if part not in owner._modules:
             owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
+        owner = owner._modules[part]  # type: ignore[assignment]  # get_submodule takes longer than all else here
     if isinstance(value, nn.Parameter):
         owner.register_parameter(leaf, value)
     else:

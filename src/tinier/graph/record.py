@@ -6,7 +6,7 @@ linear layers and attention stay whole.
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -272,7 +272,8 @@ class Runner:
             torch.no_grad(),
             _exporting(),
             _swapped(self.module, self.own),
-            _stacked(self.module, recorder.stack),
+            # Which modules ran is the same at every size.
+            nullcontext() if moved else _stacked(self.module, recorder.stack),
             enable_python_dispatcher(),
             recorder,
         ):
