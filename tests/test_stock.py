@@ -281,3 +281,70 @@ def test_without_modules_of_its_own_a_class_becomes_its_graph() -> None:
     network, pruned, plan = cut(Whole(), torch.randn(2, 6), uneven)
     assert isinstance(pruned.module, torch.fx.GraphModule)
     assert prove(network, pruned, plan, seed=5) <= 1e-5
+
+
+class Scan(nn.Module):
+    """A state space layer: two numbers of one value count different things, and a loop runs over the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.step_rank, self.states = 8, 4, 4
+        self.project = nn.Linear(8, 4 + 2 * 4)
+        self.spread = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rank, inner, outer = self.project(x).split([self.step_rank, self.states, self.states], -1)
+        step, state, result = self.spread(rank), 0.0, []
+        for t in range(x.shape[1]):
+            state = 0.5 * state + step[:, t, :, None] * inner[:, t, None]
+            result.append((state * outer[:, t, None]).sum(-1))
+        return torch.stack(result, 1)
+
+
+class Gates(nn.Module):
+    """Its result is written in place, so that no single operator gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.block_width = 2, 4
+        self.weight = nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = x.reshape(batch * length, self.num_heads, self.block_width).permute(1, 0, 2)
+        gate = torch.bmm(parts, self.weight).permute(1, 0, 2).reshape(batch, length, width)
+        result = torch.zeros_like(x)
+        for t in range(length):
+            result[:, t] = gate[:, t].sigmoid() * x[:, t]
+        return result
+
+
+class Sequence(nn.Module):
+    """Token ids in, one of the two recurrent layers inside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.into = nn.Embedding(20, 6), nn.Linear(6, 8)
+        self.inner, self.out = inner, nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.inner(self.into(self.embed(tokens))))
+
+
+@pytest.mark.parametrize("inner", [Scan, Gates])
+def test_loops_over_the_length_keep_their_class_and_their_free_length(
+    inner: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    network = Network(Sequence(inner()).eval(), {"tokens": torch.randint(20, (2, 5))})
+    channels = channel_groups(network.traced)
+    edits = []
+    for index, group in enumerate(channels.groups):
+        if group.name.startswith(("inner", "into")):
+            edits.append(Slice.of(group, range(max(group.size - 1 - index % 2, 1))))
+    assert edits
+    pruned = Plan(tuple(edits)).apply(network)
+    assert type(pruned.module) is Sequence
+    assert not any(isinstance(part, Piece) for part in pruned.module.modules())
+    for length in (3, 9):
+        assert pruned.module(torch.randint(20, (4, length))).shape == (4, length, 3)

@@ -145,6 +145,18 @@ def hooked() -> nn.Module:
     return module
 
 
+class LazilyHooked(Base):
+    """Puts a hook on a part of itself at its first call and notes that it has, as transformers does to capture hidden states."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "_hooked", False):
+            self.a.register_forward_hook(lambda _, __, output: self.seen.append(output))
+            self._hooked = True
+        self.seen: list[Tensor] = []
+        result = super().forward(x)
+        return result + self.seen[0].mean()
+
+
 def batch_norm() -> nn.Module:
     """In training mode when it is handed over, with dropout and statistics that are not the start's."""
     module = nn.Sequential(
@@ -521,3 +533,15 @@ def test_a_branch_on_the_batch_is_not_passed_over() -> None:
     network = Network(LargeBatches(), {"x": torch.randn(2, 8)})
     assert network.traced.by_export and not network.traced.batched
     assert network.module.runs == 0  # what a forward counts is put back
+
+
+def test_hooks_that_a_first_call_puts_on_are_there_in_every_recording() -> None:
+    torch.manual_seed(0)
+    module = LazilyHooked().eval()
+    before = state(module)
+    traced = network(module).traced
+    assert_unchanged(before, module)
+    assert not hasattr(module, "_hooked")
+    for size in (2, 5):
+        x = torch.randn(size, 6)
+        torch.testing.assert_close(traced.module(x=x)[0], module(x))

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from tinier.edits.rewrite import REWRITES, Rewriter
+from tinier.edits.stock_sizes import choices, sizes_of_modules
 from tinier.graph.macs import module_path
 from tinier.graph.rules import operator_name
 from tinier.graph.states import evaluating, repeatable
@@ -73,14 +74,16 @@ def mend(
         Whether anything changed.
 
     Cost:
-        Three runs, memory for their arguments and results, and a run of each suspected module for each of ``others``.
+        Three runs, memory for their arguments and results, and for each suspected module a run for each of ``others`` and of at most
+        128 choices of its numbers.
     """
     paths = _suspects(traced, run)
     calls = _calls(original, paths, inputs)
     wanted = _match(calls, traced, inputs)
     small = {node.name: node for node in graph.graph.nodes}
     values = _values(graph, {node.name for node in wanted}, inputs)
-    changed = False
+    sizes = sizes_of_modules(run)
+    changed, settled = False, set[str]()
     for path in sorted(calls, key=lambda p: -p.count(".")):
         call = calls[path]
         if not path or not call.known or not _has(module, path):
@@ -91,14 +94,25 @@ def mend(
             arguments[index] = values[nodes[0].name]
         results = {index: values[node.name] for index, node in call.outputs.items()}
         if _computes(layer, call, arguments, results):
+            settled.add(path)
             continue
-        before = dict(vars(layer))
-        for other in others:
-            vars(layer).update(other.get(path, {}))
+        # Parts whose own results are no nodes, as what is written in place, are looked at with the module that they are in.
+        inside = {
+            p: part
+            for p, part in layer.named_modules(prefix=path)
+            if p == path or (p not in settled and not type(part).__module__.startswith("torch.nn."))
+        }
+        before = {p: dict(vars(part)) for p, part in inside.items()}
+        old = {p: original.get_submodule(p) for p in inside}
+        for numbers in (*others, *choices(old, sizes)):
+            for p, part in inside.items():
+                vars(part).update(numbers.get(p, {}))
             if _computes(layer, call, arguments, results):
                 changed = True
+                settled.update(inside)
                 break
-            vars(layer).update(before)
+            for p, part in inside.items():
+                vars(part).update(before[p])
         else:
             piece = _piece(path, layer, call, small, graph, set(module.state_dict()), run)
             if piece is not None and _computes(piece, call, arguments, results):

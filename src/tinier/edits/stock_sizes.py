@@ -1,7 +1,9 @@
 """Numbers that modules keep as attributes: which of them count channels, and what is left of those."""
 
+import itertools
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ OTHER = re.compile(
     r"_index|^dims?_?\d*$|axis|max_|seq_?len|step|prefix"
 )
 OUTGOING, INCOMING = re.compile(r"(^|_)out"), re.compile(r"(^|_)(in|input|q|query)(_|$)|^channels$")
+MOST_CHOICES = 128
 MOST_PARTS = 8  # of which adjacent ones may be counted together
 
 
@@ -46,7 +49,7 @@ def set_sizes(module: nn.Module, run: Rewriter, change: bool) -> None:
         run: axes of the original and what is kept of them.
         change: whether a number of which nothing tells follows what shrinks, or stays.
     """
-    found = _sizes_of_modules(run)
+    found = sizes_of_modules(run)
     for path, layer in module.named_modules():
         own = type(layer).__module__.startswith("torch.nn.") and not isinstance(layer, nn.Unflatten)
         if own or path not in found:
@@ -58,6 +61,37 @@ def set_sizes(module: nn.Module, run: Rewriter, change: bool) -> None:
             new = _renewed(name, value, sizes, change)
             if new is not value:  # values of other kinds come back as they are
                 setattr(layer, name, new)
+
+
+def choices(
+    layers: Mapping[str, nn.Module], sizes: Mapping[str, set[Size]], most: int = MOST_CHOICES
+) -> Iterator[dict[str, dict[str, int]]]:
+    """Values for the integers that modules keep, where each may follow any size of its value or stay; the likeliest first.
+
+    Args:
+        layers: path → module, with its old numbers.
+        sizes: path → those that its operators work with.
+        most: how many are given; of integers with names that count no channels, as many stay out as it takes.
+
+    Returns:
+        Path → attribute → new value, for those that may change.
+    """
+    found: dict[tuple[str, str], list[int]] = {}
+    for path, layer in layers.items():
+        for name, value in vars(layer).items():
+            if type(value) is not int or value < 2 or name.startswith("_"):
+                continue
+            new = {s.new for s in sizes.get(path, ()) if s.old == value} - {value}
+            if new:
+                found[path, name] = [*sorted(new), value]
+    while found and math.prod(len(options) for options in found.values()) > most:
+        unlikely = [key for key in found if OTHER.search(key[1])]
+        del found[unlikely[0] if unlikely else next(iter(found))]
+    for values in itertools.product(*found.values()):
+        chosen: dict[str, dict[str, int]] = {path: {} for path in layers}
+        for (path, name), number in zip(found, values, strict=True):
+            chosen[path][name] = number
+        yield chosen
 
 
 def _renewed(name: str, value: Any, sizes: set[Size], change: bool) -> Any:
@@ -88,7 +122,8 @@ def _resolve(name: str, value: int, sizes: set[Size], change: bool) -> int:
     return next(n for n in options if n != value) if change or value not in options else value
 
 
-def _sizes_of_modules(run: Rewriter) -> dict[str, set[Size]]:
+def sizes_of_modules(run: Rewriter) -> dict[str, set[Size]]:
+    """Path of a module → the sizes that its operators work with."""
     result: dict[str, set[Size]] = {}
     for node in run.channels.axes:
         if not isinstance(node, fx.Node) or node.op != "call_function":

@@ -5,6 +5,7 @@ linear layers and attention stay whole.
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -217,9 +218,10 @@ def _stacked(module: nn.Module, stack: list[tuple[str, tuple[str, str]]]) -> Ite
 def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Other tensors in the place of parameters and buffers; what modules keep of the run in attributes is forgotten afterwards."""
     before: list[tuple[Any, Any]] = []
-    for part in module.modules():
-        for value in (part.__dict__, *part.__dict__.values()):
-            if type(value) in (dict, list):
+    attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
+    for held, _ in attributes:
+        for value in held.values():
+            if type(value) in (dict, list, OrderedDict):
                 before.append((value, value.copy()))
     try:
         for path, part in module.named_modules():
@@ -229,6 +231,10 @@ def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
                         held[name] = tensors[f"{path}.{name}" if path else name]
         yield
     finally:
+        # Whole: transformers notes in an attribute that it has put hooks into a dict, and one is nothing without the other.
+        for held, old in attributes:
+            held.clear()
+            held.update(old)
         for value, old in before:
             value.clear()
             value.extend(old) if isinstance(value, list) else value.update(old)
