@@ -17,6 +17,7 @@ from tinier.graph.states import evaluating, repeatable
 from tinier.graph.trace import Traced, isolated
 from tinier.modules.piece import Piece
 
+MOST, FEW = 128, 16  # choices of numbers that are tried for one module, and for the whole network
 SAME = 1e-6  # relative to the largest value
 Attributes = Mapping[str, Mapping[str, Any]]  # path of a module → name → number, or several
 
@@ -75,18 +76,18 @@ def mend(
 
     Cost:
         Three runs, memory for their arguments and results, and for each suspected module a run for each of ``others`` and of at most
-        128 choices of its numbers.
+        128 choices of its numbers; for the network itself of 16.
     """
-    paths = _suspects(traced, run)
+    paths = _suspects(traced, run) | {""}
     calls = _calls(original, paths, inputs)
     wanted = _match(calls, traced, inputs)
     small = {node.name: node for node in graph.graph.nodes}
     values = _values(graph, {node.name for node in wanted}, inputs)
     sizes = sizes_of_modules(run)
     changed, settled = False, set[str]()
-    for path in sorted(calls, key=lambda p: -p.count(".")):
+    for path in sorted(calls, key=lambda p: (p == "", -p.count("."))):
         call = calls[path]
-        if not path or not call.known or not _has(module, path):
+        if not call.known or not _has(module, path):
             continue
         layer = module.get_submodule(path)
         arguments = list(call.arguments)
@@ -100,11 +101,11 @@ def mend(
         inside = {
             p: part
             for p, part in layer.named_modules(prefix=path)
-            if p == path or (p not in settled and not type(part).__module__.startswith("torch.nn."))
+            if p == path or not (p in settled or _is_plain(part))
         }
         before = {p: dict(vars(part)) for p, part in inside.items()}
         old = {p: original.get_submodule(p) for p in inside}
-        for numbers in (*others, *choices(old, sizes)):
+        for numbers in (*others, *choices(old, sizes, FEW if not path else MOST)):
             for p, part in inside.items():
                 vars(part).update(numbers.get(p, {}))
             if _computes(layer, call, arguments, results):
@@ -114,11 +115,17 @@ def mend(
             for p, part in inside.items():
                 vars(part).update(before[p])
         else:
-            piece = _piece(path, layer, call, small, graph, set(module.state_dict()), run)
+            piece = None
+            if path:
+                piece = _piece(path, layer, call, small, graph, set(module.state_dict()), run)
             if piece is not None and _computes(piece, call, arguments, results):
                 module.set_submodule(path, piece)
                 changed = True
     return changed
+
+
+def _is_plain(part: nn.Module) -> bool:
+    return type(part).__module__.startswith("torch.nn.") or isinstance(part, Piece)
 
 
 def _has(module: nn.Module, path: str) -> bool:

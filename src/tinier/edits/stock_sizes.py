@@ -24,7 +24,6 @@ OTHER = re.compile(
     r"_index|^dims?_?\d*$|axis|max_|seq_?len|step|prefix"
 )
 OUTGOING, INCOMING = re.compile(r"(^|_)out"), re.compile(r"(^|_)(in|input|q|query)(_|$)|^channels$")
-MOST_CHOICES = 128
 MOST_PARTS = 8  # of which adjacent ones may be counted together
 
 
@@ -64,7 +63,7 @@ def set_sizes(module: nn.Module, run: Rewriter, change: bool) -> None:
 
 
 def choices(
-    layers: Mapping[str, nn.Module], sizes: Mapping[str, set[Size]], most: int = MOST_CHOICES
+    layers: Mapping[str, nn.Module], sizes: Mapping[str, set[Size]], most: int
 ) -> Iterator[dict[str, dict[str, int]]]:
     """Values for the integers that modules keep, where each may follow any size of its value or stay; the likeliest first.
 
