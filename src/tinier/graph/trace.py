@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from tinier.errors import ModelError
 from tinier.graph.capture import DependsOnData, capture, register
 from tinier.graph.fast import record
+from tinier.graph.functional import without_writes
 from tinier.graph.states import evaluating, quiet
 from tinier.graph.unfuse import unfuse
 
@@ -86,6 +87,7 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         except Exception:
             return by_export(module, example)
     unfuse(graph)
+    without_writes(graph)
 
     def export() -> ExportedProgram:
         with evaluating(module):
@@ -110,6 +112,7 @@ def by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         except Exception as second:
             raise _refusal(error, second) from error
     unfuse(graph)
+    without_writes(graph)
     if result is None:
         spec = exported.call_spec.out_spec
         (output,) = exported.graph.find_nodes(op="output")
