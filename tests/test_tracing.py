@@ -545,3 +545,46 @@ def test_hooks_that_a_first_call_puts_on_are_there_in_every_recording() -> None:
     for size in (2, 5):
         x = torch.randn(size, 6)
         torch.testing.assert_close(traced.module(x=x)[0], module(x))
+
+
+class Accumulating(nn.Module):
+    """Adds up in a tensor of ``zeros_like``, which hands out another tensor than the one it made; the branch is for a run alone."""
+
+    times: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 4)
+        self.register_buffer("times", torch.tensor(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        total = torch.zeros_like(y).float()
+        for _ in range(int(self.times)):
+            total += y
+        return self.b(total)
+
+
+class Remembering(Accumulating):
+    """Writes into a tensor that hangs on the module and is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = torch.zeros(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        for _ in range(int(self.times)):
+            y = y + self.total.add_(1.0)
+        return self.b(y)
+
+
+def test_what_a_recorded_run_adds_up_starts_at_zero_each_time() -> None:
+    torch.manual_seed(0)
+    module = Accumulating().eval()
+    traced = network(module).traced
+    for size in (3, 5, 5):
+        x = torch.randn(size, 6)
+        torch.testing.assert_close(traced.module(x=x)[0], module(x))
+    with pytest.raises(ModelError):
+        _ = network(Remembering().eval()).traced

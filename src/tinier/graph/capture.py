@@ -51,7 +51,8 @@ class _Recorder(ProxyTorchDispatchMode):
         self.record = _Recording()
         self.nodes: dict[int, fx.Node] = {}
         self.follows: set[int] = set()  # ids of tensors that depend on the inputs
-        self.alive: list[Tensor] = []  # so that no id is given twice
+        self.alive: list[Tensor] = []  # so that no id, and no memory, is given twice
+        self.memory: dict[tuple[Any, ...], tuple[fx.Node, bool]] = {}
         self.owned = {id(tensor): name for name, tensor in tensors.items()}
         for name, tensor in inputs.items():
             self._made(tensor, self.record.graph.placeholder(name))
@@ -66,6 +67,8 @@ class _Recorder(ProxyTorchDispatchMode):
         if depends and _makes_values(func, args):
             raise DependsOnData(f"{func} turns values of the inputs into numbers or sizes")
         new_args, new_kwargs = pytree.tree_map_only(Tensor, self.node_of, (args, kwargs))
+        if func._schema.is_mutable:
+            self._check_own(func, args)
         out = func(*args, **kwargs)
         if depends and isinstance(out, bool | int | float | complex):
             raise DependsOnData(f"{func} turns values of the inputs into a number")
@@ -82,6 +85,12 @@ class _Recorder(ProxyTorchDispatchMode):
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; parameters, buffers and constants get theirs at their first use."""
         if id(tensor) not in self.nodes:
+            # Some operators, torch.zeros_like among them, hand out another tensor with the same memory.
+            made = self.memory.get(_memory(tensor))
+            if made is not None and id(tensor) not in self.owned:
+                node, depends = made
+                self._made(tensor, node, depends)
+                return node
             name = self.owned.get(id(tensor))
             if name is None:
                 name = f"captured_constant_{len(self.record.constants)}"
@@ -93,8 +102,24 @@ class _Recorder(ProxyTorchDispatchMode):
         self.nodes[id(tensor)] = node
         node.meta["val"] = tensor
         self.alive.append(tensor)
+        self.memory[_memory(tensor)] = node, depends
         if depends:
             self.follows.add(id(tensor))
+
+    def _check_own(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Refuse to write into constants: what one run leaves there would be there in the next."""
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            node = self.nodes.get(id(value))
+            if node is not None and node.target in self.record.constants:
+                raise ModelError(f"{func} writes into a tensor of unknown origin")
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Which memory a tensor shows, and how."""
+    place = tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size()
+    return place, tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _makes_values(func: Any, args: tuple[Any, ...]) -> bool:
