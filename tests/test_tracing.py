@@ -588,3 +588,69 @@ def test_what_a_recorded_run_adds_up_starts_at_zero_each_time() -> None:
         torch.testing.assert_close(traced.module(x=x)[0], module(x))
     with pytest.raises(ModelError):
         _ = network(Remembering().eval()).traced
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)[0])
+
+
+class Summed(nn.Module):
+    """A length that another float input shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return (self.a(x) * weights[..., None]).sum(1)
+
+
+LENGTHS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]], dict[str, int]]] = {
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv1d(6, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 3, 1)),
+        {"input": (2, 6, 9)},
+        {"input": 2},
+    ),
+    "recurrent": (Recurrent, {"x": (2, 5, 6)}, {"x": 1}),
+    "encoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False
+        ),
+        {"src": (2, 5, 8)},
+        {"src": 1},
+    ),
+    "shared": (Summed, {"x": (2, 5, 6), "weights": (2, 5)}, {"x": 1, "weights": 1}),
+}
+
+
+@pytest.mark.parametrize("way", LENGTHS)
+def test_the_length_of_float_sequences_is_free(way: str) -> None:
+    torch.manual_seed(0)
+    make, shapes, dims = LENGTHS[way]
+    module = make().eval()
+    example = {name: torch.randn(shape) for name, shape in shapes.items()}
+    traced = Network(module, example).traced
+    assert not traced.by_export
+    for length in (3, 16):
+        inputs = {}
+        for name, shape in shapes.items():
+            size = list(shape)
+            size[0], size[dims[name]] = 4, length
+            inputs[name] = torch.randn(size)
+        with torch.no_grad():
+            torch.testing.assert_close(traced.module(**inputs)[0], module(**inputs))
+
+
+def test_widths_and_lengths_that_shrink_by_steps_stay_fixed() -> None:
+    strided = nn.Sequential(nn.Conv1d(6, 8, 3, 2), nn.ReLU(), nn.Conv1d(8, 3, 1)).eval()
+    for module, shape in ((strided, (2, 6, 9)), (Base().eval(), (2, 6))):
+        name = "x" if isinstance(module, Base) else "input"
+        traced = Network(module, {name: torch.randn(shape)}).traced
+        (node,) = traced.module.graph.find_nodes(op="placeholder")
+        assert tuple(node.meta["val"].shape[1:]) == shape[1:]
+        assert traced.batched

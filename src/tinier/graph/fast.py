@@ -8,11 +8,14 @@ from torch import Tensor, fx, nn
 from tinier.graph.record import Recording, Runner
 from tinier.graph.recorded import Builder, Unconfirmed, other_size
 
+Place = tuple[str, int]  # an input and one of its dimensions
+
 
 def record(
     module: nn.Module,
     example: Mapping[str, Tensor],
     free: Callable[[Tensor], range],
+    perhaps: Callable[[Tensor], range] | None = None,
 ) -> tuple[fx.GraphModule, Any]:
     """The graph of a network from runs without values.
 
@@ -20,6 +23,7 @@ def record(
         module: in evaluation mode; left as it is.
         example: input name → tensor.
         free: the dimensions of an input whose size should stay free.
+        perhaps: further dimensions, that are free where the network takes other sizes of them.
 
     Returns:
         A module that takes inputs by name and returns a flat tuple, with the parameters of ``module`` under their names (in the same
@@ -34,9 +38,44 @@ def record(
     """
     run = Runner(module, example)
     base = run({})
-    places = [
+    places = _places(example, free)
+    more = [p for p in _places(example, perhaps or (lambda _: range(0))) if p not in places]
+    if more:
+        try:
+            return _graph(run, base, [*places, *_taken(run, base, places, more)])
+        # The user's code at lengths that it does not take, or numbers that follow them by no line: the lengths are fixed.
+        except Exception:
+            pass
+    return _graph(run, base, places)
+
+
+def _places(example: Mapping[str, Tensor], free: Callable[[Tensor], range]) -> list[Place]:
+    return [
         (n, dim) for n, tensor in example.items() for dim in free(tensor) if tensor.shape[dim] > 1
     ]
+
+
+def _taken(run: Runner, base: Recording, places: list[Place], more: list[Place]) -> list[Place]:
+    """Of further dimensions those that may have another size, alone or with all others of their place and size."""
+    example = run.example
+    result: list[Place] = []
+    for name, dim in more:
+        size = example[name].shape[dim]
+        tied = [p for p in [*places, *more] if p[1] == dim and example[p[0]].shape[dim] == size]
+        for moved in ([(name, dim)], tied):
+            try:
+                other = run({place: other_size(example, place, 1) for place in moved})
+            # The user's code, at a size that it does not take.
+            except Exception:
+                continue
+            if [step.func for step in other.steps] == [step.func for step in base.steps]:
+                result.append((name, dim))
+                break
+    return result
+
+
+def _graph(run: Runner, base: Recording, places: list[Place]) -> tuple[fx.GraphModule, Any]:
+    example = run.example
     if not places:
         return Builder(run, [], [base]).build(), base.result
     # Branches on a size show only where the size is another one by much; the batch may grow without end, a length may not.
@@ -47,29 +86,23 @@ def record(
         near = {place: other_size(example, place, 3) for place in places}
         far = {place: near[place] if place[1] else size for place, size in far.items()}
         last = run(far)
-    if (
-        not any(dim for _, dim in places)
-        and len({example[name].shape[0] for name, _ in places}) == 1
-    ):
+    if not any(dim for _, dim in places) and len({example[n].shape[0] for n, _ in places}) == 1:
         try:  # Numbers in proportion to the batch at two sizes so far apart are so at all.
             return Builder(run, [tuple(places)], [base, last], far).build(), base.result
         except Unconfirmed:
             pass
-    sizes = _free_sizes(run, base, example, free)
+    sizes = _free_sizes(run, places)
     recordings = [base, *(other for _, other in sizes), last]
     return Builder(run, [dims for dims, _ in sizes], recordings, far).build(), base.result
 
 
-def _free_sizes(
-    run: Runner, base: Recording, example: Mapping[str, Tensor], free: Callable[[Tensor], range]
-) -> list[tuple[tuple[tuple[str, int], ...], Recording]]:
+def _free_sizes(run: Runner, free: list[Place]) -> list[tuple[tuple[Place, ...], Recording]]:
     """Places (input, dimension) that have one free size, and the recording with that size changed."""
-    ties: dict[tuple[int, int], list[tuple[str, int]]] = {}
-    for name, tensor in example.items():
-        for dim in free(tensor):
-            if tensor.shape[dim] > 1:
-                ties.setdefault((dim, tensor.shape[dim]), []).append((name, dim))
-    result: list[tuple[tuple[tuple[str, int], ...], Recording]] = []
+    example = run.example
+    ties: dict[tuple[int, int], list[Place]] = {}
+    for name, dim in free:
+        ties.setdefault((dim, example[name].shape[dim]), []).append((name, dim))
+    result: list[tuple[tuple[Place, ...], Recording]] = []
     for (dim, _), places in ties.items():
         together = list(places)
         for place in places if dim and len(places) > 1 else ():

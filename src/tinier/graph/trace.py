@@ -59,9 +59,9 @@ class Traced:
 def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     """The graph of a network in evaluation mode: recorded runs without values, else ``torch.export``, else a recorded run.
 
-    Dimension 0 of each input is the batch and stays free where the model allows it; of integer inputs (token ids and masks)
-    every dimension does. Dimensions of size 1 are fixed, and so are pictures' sides and the length of float sequences: many models
-    compute sizes from them that only a run can tell.
+    Dimension 0 of each input is the batch and stays free where the model allows it; so does every dimension of integer inputs (token
+    ids and masks), and the length of float sequences and signals where all that follows it does so by a straight line. Dimensions of
+    size 1 are fixed, and so are pictures' sides: many models compute sizes from them that only a run can tell.
 
     Args:
         module: the network; its mode, parameters, buffers and gradients are left as they are.
@@ -82,16 +82,24 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     with evaluating(module):
         try:
             with quiet():
-                graph, result = record(module, example, _free)
+                graph, result = record(module, example, _free, _lengths)
         # The user's code runs inside. What stops it here may not stop torch.export, which says why where it does.
         except Exception:
             return by_export(module, example)
     unfuse(graph)
     without_writes(graph)
+    dims = _dims(example)
+    for node in graph.graph.find_nodes(op="placeholder"):
+        dims[node.target] = [d for d, size in enumerate(node.meta["val"].shape) if _is_free(size)]
 
     def export() -> ExportedProgram:
         with evaluating(module):
-            return _export(module, example)
+            try:
+                return _export(module, example, dims)
+            except Exception:
+                if dims == _dims(example):
+                    raise
+                return _export(module, example)
 
     return Traced(graph, names, _names(result), _batched(graph), export, False)
 
@@ -137,11 +145,15 @@ def _bounded(exported: ExportedProgram) -> bool:
 
 def _batched(graph: fx.GraphModule) -> bool:
     return all(
-        # A symbol may have been found to have one value only: ``len(x)`` in a model fixes it.
-        not isinstance(size := node.meta["val"].shape[0], int) and size.node.maybe_as_int() is None
+        _is_free(node.meta["val"].shape[0])
         for node in graph.graph.find_nodes(op="placeholder")
         if node.meta["val"].ndim
     )
+
+
+def _is_free(size: Any) -> bool:
+    """A symbol may have been found to have one value only: ``len(x)`` in a model fixes it."""
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
 def _check(module: nn.Module) -> None:
@@ -157,11 +169,11 @@ def _check(module: nn.Module) -> None:
             )
 
 
-def _export(module: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
-    dynamic = {
-        name: {dim: Dim.AUTO for dim in _free(tensor) if tensor.shape[dim] > 1}
-        for name, tensor in example.items()
-    }
+def _export(
+    module: nn.Module, example: Mapping[str, Tensor], dims: Mapping[str, list[int]] | None = None
+) -> ExportedProgram:
+    free = _dims(example) if dims is None else dims
+    dynamic = {name: dict.fromkeys(free[name], Dim.AUTO) for name in example}
     with quiet(), torch.no_grad():
         return torch.export.export(module, (), dict(example), dynamic_shapes=dynamic, strict=False)
 
@@ -169,6 +181,15 @@ def _export(module: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram
 def _free(tensor: Tensor) -> range:
     """The dimensions whose size may change from call to call: the batch, and everything of token ids and masks."""
     return range(min(tensor.ndim, 1) if tensor.is_floating_point() else tensor.ndim)
+
+
+def _dims(example: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: [d for d in _free(t) if t.shape[d] > 1] for name, t in example.items()}
+
+
+def _lengths(tensor: Tensor) -> range:
+    """The dimensions of signals and of sequences of vectors that may be their length."""
+    return range(1, tensor.ndim if tensor.ndim <= 3 else 1)
 
 
 def _captured(
