@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,3 +105,64 @@ def test_what_onnx_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="bessel_j0"):
         write_onnx(Network(Bessel(), {"x": torch.randn(2, 3)}), tmp_path / "no.onnx")
     assert not (tmp_path / "no.onnx").exists()
+
+
+class SmallTerm(nn.Module):
+    """A quotient whose divisor is kept from zero by 1e-12."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.relu()
+        return y / (y.sum(-1, keepdim=True) + 1e-12)
+
+
+class PaddedPool(nn.Module):
+    """Zeros around negative values, then maxima: zeros win, which −∞ would not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(nn.functional.pad(-x.square() - 1, (1, 1, 1, 1)), 3, 2)
+
+
+class FiveDimensions(nn.Module):
+    """Attention inside windows, with a mask of numbers or of booleans."""
+
+    mask: Tensor
+
+    def __init__(self, boolean: bool) -> None:
+        super().__init__()
+        mask = torch.tril(torch.ones(4, 4, dtype=torch.bool))
+        self.register_buffer("mask", mask if boolean else mask.float().log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.view(x.shape[0], 2, 2, 4, 4)
+        return nn.functional.scaled_dot_product_attention(y, y * 2, y + 1, self.mask, scale=0.3)
+
+
+class Inverted(nn.Module):
+    """A fraction minus integers."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return (1.0 - mask) * -2.5
+
+
+HARD: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {
+    "small_term": (SmallTerm(), {"x": torch.tensor([[-1.0, -2.0], [1.0, 3.0]])}),
+    "padded_pool": (PaddedPool(), {"x": torch.linspace(-2, 2, 64).view(2, 1, 4, 8)}),
+    "five_dimensions": (FiveDimensions(False), {"x": torch.linspace(-2, 2, 128).view(2, 64)}),
+    "boolean_mask": (FiveDimensions(True), {"x": torch.linspace(-2, 2, 128).view(2, 64)}),
+    "inverted": (Inverted(), {"mask": torch.tensor([[1, 0, 1], [0, 0, 1]])}),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_what_exporters_and_runtimes_get_wrong(name: str, tmp_path: Path) -> None:
+    module, example = HARD[name]
+    network = Network(module.eval(), example)
+    path = tmp_path / "hard.onnx"
+    write_onnx(network, path)
+    model = assert_clean(path)
+    wanted = network(example)[0].numpy()
+    np.testing.assert_allclose(run(path, example)[0], wanted, rtol=1e-5, atol=1e-6)
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled([value.numpy() for value in example.values()])[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"

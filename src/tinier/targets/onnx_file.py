@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir
 import torch
 from onnx import helper, numpy_helper
 
@@ -14,6 +16,7 @@ from tinier.network import Network
 
 OPSET = 18
 PRODUCER = "tinier"
+SMALL = 1e-7
 
 
 def write_onnx(network: Network, path: Path) -> None:
@@ -39,6 +42,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     traced = network.traced
     try:
         with quiet(), torch.no_grad():
+            _negate(traced.exported)
             program = torch.onnx.export(
                 traced.exported,
                 (),
@@ -47,16 +51,19 @@ def to_onnx(network: Network) -> onnx.ModelProto:
                 output_names=list(traced.outputs),
                 opset_version=OPSET,
                 dynamo=True,
-                optimize=True,
+                optimize=False,
                 custom_translation_table=_translations(traced.exported),
                 verbose=False,
             )
+            assert program is not None
+            _keep_small_terms(program.model)
+            program.optimize()
     # The exporter's passes raise errors of several packages that have no common base.
     except Exception as error:
         raise RefusedError(f"{network.name} cannot be written as ONNX: {_reason(error)}") from error
-    assert program is not None
     model = program.model_proto
     _average_globally(model)
+    _pad_apart(model)
     _name_dimensions(model)
     _name_values(model)
     _strip(model)
@@ -75,11 +82,58 @@ def _translations(program: torch.export.ExportedProgram) -> dict[Any, Callable[.
         "aten::_grouped_mm": _grouped_product,
         "aten::_is_all_true": _all_true,
     }
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    for node in program.graph.find_nodes(op="call_function", target=attention):
+        if node.args[0].meta["val"].ndim != 4:
+            known["aten::scaled_dot_product_attention"] = _attention
     return {
         target: known[target._schema.name]
         for target in targets
         if isinstance(target, torch._ops.OpOverload) and target._schema.name in known
     }
+
+
+def _negate(program: torch.export.ExportedProgram) -> None:
+    """c − x becomes −x + c, in place: of integers and a fraction, as 1.0 − mask, the exporter makes c − x of a number and a tensor."""
+    aten, graph = torch.ops.aten, program.graph
+    for node in graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
+        if node.args[2:] not in ((), (1,)) or node.kwargs:
+            continue
+        source = node.args[0]
+        with graph.inserting_before(node):
+            negative = graph.call_function(aten.neg.default, (source,))
+        negative.meta = {**node.meta, "val": -source.meta["val"]}
+        node.target, node.args = aten.add.Tensor, (negative, node.args[1])
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(s · q kᵀ + mask) v, of any number of dimensions; the exporter knows four."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    if is_causal or enable_gqa:
+        raise NotImplementedError("causal or grouped attention that is not of four dimensions")
+    rank = len(query.shape)
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=float(factor)), query))
+    weights = op.MatMul(scaled, op.Transpose(key, perm=order))
+    if attn_mask is not None:
+        if attn_mask.dtype == onnx_ir.DataType.BOOL:
+            never = op.CastLike(op.Constant(value_float=float("-inf")), weights)
+            weights = op.Where(attn_mask, weights, never)
+        else:
+            weights = op.Add(weights, attn_mask)
+    return op.MatMul(op.Softmax(weights, axis=-1), value)
 
 
 def _all_true(self: Any) -> Any:
@@ -113,6 +167,35 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3]) or type(error).__name__
+
+
+def _keep_small_terms(model: Any) -> None:
+    """x + ε stays where onnxscript's optimizer would take ε for 0, up to 1e-8: ``Sum`` is the same, and no pattern of its own."""
+    for node in model.graph.all_nodes():
+        if node.domain or node.op_type != "Add":
+            continue
+        for value in node.inputs:
+            constant = onnx_ir.convenience.get_const_tensor(value)
+            if constant is None or constant.size != 1:
+                continue
+            if 0 < abs(float(constant.numpy().reshape(()))) <= SMALL:
+                node.op_type = "Sum"
+
+
+def _pad_apart(model: onnx.ModelProto) -> None:
+    """A padding with zeros before a maximum says its axes: ONNX Runtime would else make it one of the pooling, which pads with −∞."""
+    graph = model.graph
+    pooled = {node.input[0] for node in graph.node if node.op_type == "MaxPool"}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    for node in graph.node:
+        if node.op_type != "Pad" or node.output[0] not in pooled or len(node.input) > 3:
+            continue
+        sizes = [i.dims[0] for i in graph.initializer if i.name == node.input[1]]
+        rank = sizes[0] // 2 if sizes else ranks.get(node.output[0], 0)
+        if rank:
+            name = f"{node.output[0]}_axes"
+            graph.initializer.append(numpy_helper.from_array(np.arange(rank), name))
+            node.input.extend([""] * (3 - len(node.input)) + [name])
 
 
 def _average_globally(model: onnx.ModelProto) -> None:
