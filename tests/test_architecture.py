@@ -44,6 +44,7 @@ FAMILIES = {"criteria", "methods", "recovery", "targets"}
 
 # (importer, imported): default values, where one technique is the default of another's argument.
 DEFAULTS = {
+    ("tinier.criteria.reconstruction", "tinier.criteria.magnitude"),
     ("tinier.methods.channel_pruning", "tinier.criteria.magnitude"),
     ("tinier.methods.weight_pruning", "tinier.criteria.magnitude"),
     ("tinier.recovery.loop", "tinier.recovery.soft_targets"),

@@ -12,6 +12,9 @@ from tinier.statistics import Statistics
 from tinier.statistics.base import Gram
 from tinier.statistics.places import by_column
 
+ROUNDING = 1e-12  # variance as a share of the mean square that float32 rounding alone may make
+SOUND = 1e-7  # least ratio of pivots of a factor that is trusted
+
 
 @dataclass
 class Block:
@@ -68,7 +71,7 @@ def blocks(
         layers: node name → layer.
         weights: parameter → tensor.
         statistics: with Gram matrices.
-        ridge: λ as a share of the mean of the diagonal of G.
+        ridge: λ as a share of the mean of the diagonal of G; raised where rounding asks for more.
 
     Cost:
         n³ for each Gram matrix, which is inverted.
@@ -88,15 +91,46 @@ def _of_layer(matrix: Tensor, gram: Gram, index: Tensor, ridge: float) -> Sequen
     covariance = gram.products / gram.rows - mean[:, :, None] * mean[:, None, :]
     energy = float(torch.einsum("gmn,gnk,gmk->", matrix, covariance, matrix))
     result: list[Block] = []
-    for weight, moments, channels in zip(matrix, covariance, index, strict=True):
-        strength = ridge * float(moments.diagonal().mean())
+    parts = zip(matrix, covariance, gram.products / gram.rows, index, strict=True)
+    for weight, moments, squares, channels in parts:
         columns = columns_by_count(channels)
-        if not strength > 0 or not energy > 0 or not columns:
-            continue  # inputs that never change: whatever leaves, the bias stands in for it
-        eye = torch.eye(len(moments), dtype=torch.float64)
-        factor = torch.linalg.cholesky(moments + strength * eye)
-        result.append(Block(weight, torch.cholesky_inverse(factor), energy, columns))
+        if not energy > 0 or not columns or constant(moments, squares):
+            continue
+        result.append(Block(weight, damped_inverse(moments, ridge), energy, columns))
     return result
+
+
+def constant(covariance: Tensor, squares: Tensor) -> bool:
+    """Whether inputs never change but for rounding: whatever leaves, the bias stands in for it.
+
+    Args:
+        covariance: (n, n) float64.
+        squares: (n, n) float64, the same second moments with the mean left in.
+    """
+    return not float(covariance.trace()) > ROUNDING * float(squares.trace())
+
+
+def damped_inverse(covariance: Tensor, ridge: float) -> Tensor:
+    """(C + λ I)⁻¹ with λ = ridge · tr(C) / n, ten times as much until C + λ I is positive definite beyond rounding.
+
+    Args:
+        covariance: (n, n) float64, finite, symmetric, of trace above 0; rounding may have made it indefinite.
+        ridge: above 0.
+
+    Returns:
+        (n, n) float64.
+
+    Cost:
+        n³ for each λ that is tried; one, as a rule.
+    """
+    eye = torch.eye(len(covariance), dtype=torch.float64)
+    strength = ridge * float(covariance.diagonal().mean())
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(covariance + strength * eye)
+        diagonal = factor.diagonal()
+        if not int(failed) and bool(diagonal.amin() > SOUND * diagonal.amax()):
+            return torch.cholesky_inverse(factor)
+        strength *= 10
 
 
 def columns_by_count(index: Tensor) -> list[tuple[Tensor, Tensor]]:

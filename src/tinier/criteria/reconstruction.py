@@ -1,14 +1,15 @@
 """Reconstruction: the channels whose loss, after compensation, moves the network's outputs least leave first."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tinier.criteria.base import Criterion, found, observed, parameters
-from tinier.criteria.curvature import Block, columns_by_count
+from tinier.criteria.base import SMALLEST, Criterion, observed, parameters, relative
+from tinier.criteria.curvature import Block, columns_by_count, constant, damped_inverse
+from tinier.criteria.magnitude import Magnitude
 from tinier.errors import InputError
 from tinier.graph.groups import Group
 from tinier.graph.layers import Layer
@@ -31,8 +32,13 @@ class Reconstruction(Criterion):
     (padding, all tokens but the first in the last layer of a classifier) do not count. Needs no labels. Suits ranking across
     groups, where compensation follows.
 
+    Groups that something else than linear layers and convolutions reads (an einsum, a recurrent layer, a product) are ordered by
+    ``otherwise``, each channel at the score that channels of other groups have at the same place among its scores. Where a layer's
+    inputs never change in the data, the bias stands in for whatever leaves: such channels score next to nothing, in the same order.
+
     Attributes:
-        ridge: λ as a share of the mean of the diagonal of the weighted covariance.
+        ridge: λ as a share of the mean of the diagonal of the weighted covariance; raised where rounding asks for more.
+        otherwise: scores what no linear layer or convolution reads; one that needs no data.
 
     Source:
         Kurtic et al. 2023, "ZipLM", algorithm 1, for greedy removal; Martens and Grosse 2015, "Optimizing neural networks with
@@ -48,11 +54,16 @@ class Reconstruction(Criterion):
     needs: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
 
     ridge: float = 1e-2
+    otherwise: Criterion = field(default_factory=Magnitude)
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:
             raise InputError(
                 f"reconstruction: ridge={self.ridge}; a number above 0 is needed, such as 0.01"
+            )
+        if self.otherwise.needs:
+            raise InputError(
+                f"reconstruction: otherwise={self.otherwise.name} needs data; one of weights alone is needed, such as magnitude"
             )
 
     def scores(
@@ -61,12 +72,25 @@ class Reconstruction(Criterion):
         """See ``Criterion.scores``. Cost: three runs over the data and one backward, and of the order of n³ for each layer."""
         statistics = observed(self, statistics, groups)
         known, layers = parameters(network), layers_by_node(network.traced)
-        result = {}
+        result, unread = {}, []
+        other = self.otherwise.scores(network, groups)
+        other = {name: relative(scores) for name, scores in other.items()}
         for group in groups:
             blocks = self._blocks(group, layers, known, statistics)
+            uses = statistics.uses[group.name]
             if blocks:
                 result[group.name] = _greedy(blocks, group.size)
-        return found(self, network, result, "no linear layer or convolution reads one")
+            elif group.name in other:
+                if uses and all(use.node in statistics.sensitivities for use in uses):
+                    result[group.name] = other[group.name] * SMALLEST
+                else:
+                    unread.append(group.name)
+        both = [name for name in result if name in other]
+        place = torch.cat([other[name] for name in both]) if both else torch.zeros(0)
+        level = torch.cat([result[name] for name in both]) if both else torch.zeros(0)
+        for name in unread:
+            result[name] = _matched(other[name], place, level)
+        return result
 
     def _blocks(
         self,
@@ -77,7 +101,7 @@ class Reconstruction(Criterion):
     ) -> list[Block]:
         result = []
         for use in statistics.uses[group.name]:
-            own = statistics.sensitivities.get(use.node) if use.layer else None
+            own = statistics.sensitivities.get(use.node)
             if own is not None:
                 layer = layers[use.node]
                 matrix = layer.matrix(known[layer.weight]).double().cpu()
@@ -87,17 +111,38 @@ class Reconstruction(Criterion):
 
     def _of_layer(self, matrix: Tensor, own: Sensitivity, index: Tensor) -> list[Block]:
         result = []
-        parts = zip(matrix, own.covariance, own.shares, index, strict=True)
-        for weight, moments, shares, channels in parts:
-            strength = self.ridge * float(moments.diagonal().mean())
+        raw = own.products / own.examples
+        parts = zip(matrix, own.covariance, raw, own.shares, index, strict=True)
+        for weight, moments, squares, shares, channels in parts:
             columns = columns_by_count(channels)
-            if not strength > 0 or not columns:
-                continue  # inputs that never change: whatever leaves, the bias stands in for it
-            eye = torch.eye(len(moments), dtype=torch.float64)
-            factor = torch.linalg.cholesky(moments + strength * eye)
+            if not columns or constant(moments, squares):
+                continue
             scaled = weight * shares.sqrt()[:, None]
-            result.append(Block(scaled, torch.cholesky_inverse(factor), 1.0, columns))
+            result.append(Block(scaled, damped_inverse(moments, self.ridge), 1.0, columns))
         return result
+
+
+def _matched(values: Tensor, known: Tensor, level: Tensor) -> Tensor:
+    """Scores of another kind brought to a level: the one that stands at the same place among known scores of that kind.
+
+    Args:
+        values: (size,) float64.
+        known: (n,) float64, scores of the same kind as ``values``.
+        level: (n,) float64, in any order; the q-quantile of ``known`` goes to the q-quantile of these.
+
+    Returns:
+        (size,) float64, in the order of ``values``; beyond the ends in proportion. ``values`` where nothing is known.
+    """
+    if not len(known):
+        return values
+    x, y = known.sort().values, level.sort().values
+    after = torch.searchsorted(x, values).clamp(1, max(len(x) - 1, 1)).clamp(max=len(x) - 1)
+    before = (after - 1).clamp(min=0)
+    part = (values - x[before]) / (x[after] - x[before]).clamp(min=SMALLEST)
+    inside = y[before] + part.clamp(0, 1) * (y[after] - y[before])
+    first, last = (y[end] / x[end].clamp(min=SMALLEST) for end in (0, -1))
+    outside = values * torch.where(values > x[-1], last, first)
+    return torch.where((values > x[-1]) | (values < x[0]), outside, inside)
 
 
 def _greedy(blocks: list[Block], size: int) -> Tensor:

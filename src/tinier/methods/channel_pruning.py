@@ -24,6 +24,7 @@ from tinier.network import Network
 from tinier.statistics import Statistics
 
 RANKINGS = ("global", "kind", "local")
+SHOWN = 5  # names in a refusal
 # Kinds that are cut only when the others cannot reach the cost: which kinds there are, from the first to the last resort.
 RESORTS = (frozenset[str](), frozenset({"head_dim"}), frozenset({"head_dim", "normalised"}))
 
@@ -238,7 +239,17 @@ class ChannelPruning(Method):
         least = cost.at(_lowest(knobs)) / whole
         raise RefusedError(
             f"{network.name}: {share:.1%} of the {self.of} was asked for, the least possible with at least "
-            f"{self.min_keep:.0%} of each group is {least:.1%}. {why(channels)}"
+            f"{self.min_keep:.0%} of each group is {least:.1%}. {self._unscored(channels, scores)}{why(channels)}"
+        )
+
+    def _unscored(self, channels: Channels, scores: Mapping[str, Tensor]) -> str:
+        names = [g.name for g in channels.groups if self._may_go(g) and g.name not in scores]
+        if not names:
+            return ""
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return (
+            f"Criterion {self.criterion.name} cannot score {', '.join(names[:SHOWN])}{more}, which stay whole: "
+            "use another one, such as magnitude, or keep more. "
         )
 
     def _asked(self, group: Group) -> bool:
