@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinier.errors import ModelError
+from tinier.errors import ModelError, RefusedError
 from tinier.graph import trace as tracing
 from tinier.graph.trace import Traced
 from tinier.modules.masked import masks_of, release
@@ -76,6 +76,22 @@ class Network:
         if "traced" in vars(self):
             vars(result)["traced"] = self.traced
         return result
+
+    def need_values(self, to: str) -> None:
+        """Refuse a network on the meta device, which has shapes only.
+
+        Args:
+            to: what values are needed for, after "no values to".
+
+        Raises:
+            RefusedError: there is one parameter or buffer without values.
+        """
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        empty = next((name for name, tensor in tensors if tensor.is_meta), None)
+        if empty is not None:
+            raise RefusedError(
+                f"{empty} is on the meta device and has no values to {to}; load the weights first"
+            )
 
     def copy(self) -> "Network":
         """The same network with a module of its own."""

@@ -35,13 +35,14 @@ def shrink(model: Any, example: Example | None = None) -> Smaller:
             masks made permanent, or is what the steps before started from.
 
     Raises:
-        RefusedError: the smaller model does not equal the original to 1e-5 of its largest output on random inputs; the message has
-            the channel group.
+        RefusedError: the model is on the meta device; or the smaller one does not equal the original to 1e-5 of its largest output on
+            random inputs; the message has the channel group.
 
     Cost:
         A few runs of the network, and those of applying the plan.
     """
     network = _network(model, example)
+    network.need_values("look for zeros in")
     plan = DeadChannels().plan(network)
     smaller = plan.apply(network)
     if not _equal(network, smaller):

@@ -1,6 +1,6 @@
 """Whether examples fit a network: looked at before anything is spent on them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,14 +28,26 @@ def check(examples: Examples, network: Network) -> None:
         One pass over the data, unless they are decoded images; one run of one batch; the network's trace for inputs of
         free size.
     """
-    if not len(examples):
-        raise DataError(f"{examples.origin or 'the data'}: there are no examples")
-    count = min(len(examples), _batch(network))
-    first, _ = next(examples.subset(range(count)).batches(count))
-    for name, wanted in network.example.items():
-        if name not in first:
-            raise DataError(f"the data have no input {name}; they have {', '.join(first)}")
-        _fits(name, first[name], wanted, network)
+    _all_fit(_first(examples, network), network)
+    outputs = runs(examples, network)
+    labels = examples.labels()
+    if labels is not None and outputs:
+        check_labels(labels, outputs[0])
+
+
+def runs(examples: Examples, network: Network) -> tuple[Tensor, ...]:
+    """As ``check``, for data of which only the inputs count; they may have any shape on which the network runs.
+
+    Returns:
+        The network's outputs for the first batch.
+
+    Raises:
+        DataError: as ``check``, but for labels.
+        RefusedError: the network is on the meta device.
+    """
+    first = _first(examples, network)
+    count = len(next(iter(first.values())))
+    network.need_values("run on data")
     _finite(examples)
     if count < _batch(network) and not network.traced.batched:
         raise DataError(
@@ -44,6 +56,7 @@ def check(examples: Examples, network: Network) -> None:
     try:
         outputs = network(first)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        _all_fit(first, network)
         raise DataError(
             f"the model cannot run on the first {count} examples: {str(error).splitlines()[0]}; "
             + ", ".join(f"{name} is {tuple(value.shape)}" for name, value in first.items())
@@ -55,9 +68,7 @@ def check(examples: Examples, network: Network) -> None:
                 f"the model's output {number} is NaN for example {row}, though its inputs are finite; "
                 "look at the model's weights and at that example"
             )
-    labels = examples.labels()
-    if labels is not None and outputs:
-        _classes(labels, outputs[0])
+    return outputs
 
 
 def class_axis(shape: Sequence[int]) -> int | None:
@@ -68,6 +79,22 @@ def class_axis(shape: Sequence[int]) -> int | None:
     if len(shape) < 2 or (len(shape) == 2 and shape[1] == 1):
         return None
     return len(shape) - 1 if len(shape) == 3 else 1
+
+
+def _first(examples: Examples, network: Network) -> dict[str, Tensor]:
+    if not len(examples):
+        raise DataError(f"{examples.origin or 'the data'}: there are no examples")
+    count = min(len(examples), _batch(network))
+    first, _ = next(examples.subset(range(count)).batches(count))
+    for name in network.example:
+        if name not in first:
+            raise DataError(f"the data have no input {name}; they have {', '.join(first)}")
+    return first
+
+
+def _all_fit(first: Mapping[str, Tensor], network: Network) -> None:
+    for name, wanted in network.example.items():
+        _fits(name, first[name], wanted, network)
 
 
 def _batch(network: Network) -> int:
@@ -130,7 +157,8 @@ def _finite(examples: Examples) -> None:
         start += len(next(iter(inputs.values())))
 
 
-def _classes(labels: Tensor, output: Tensor) -> None:
+def check_labels(labels: Tensor, output: Tensor) -> None:
+    """Raise ``DataError`` where a label is no class of an output, with the example and its value."""
     axis = class_axis(output.shape)
     # Floats, and integers of the output's own shape, are values or several labels an example, not class indices.
     if axis is None or labels.is_floating_point() or labels.ndim != output.ndim - 1:

@@ -206,6 +206,8 @@ class PythonReader(Reader):
                 raise DataError(f"{type(spec).__name__} has no __len__; it is needed")
             classes = getattr(spec, "classes", ())
             return Examples(Items(spec, collate, names), classes=_names(classes), notes=notes)
+        if isinstance(spec, tuple | list | Mapping) and not spec:
+            raise DataError(f"the data: there are no examples; {type(spec).__name__} is empty")
         return Examples(Arrays(*by_name(spec, names)))
 
 

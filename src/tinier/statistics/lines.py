@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from tinier.errors import DataError
 from tinier.graph.activations import Activation, Line, activations
 from tinier.network import Network
+from tinier.statistics.finite import NotFinite, culprit
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def fit_lines(network: Network, batches: Iterable[Mapping[str, Tensor]]) -> dict
         Name of the activation → fit, in the order of the graph.
 
     Raises:
-        DataError: no examples.
+        DataError: no examples; NaN or infinity, with the operator.
 
     Cost:
         One run of the network; five numbers for each channel.
@@ -48,8 +49,12 @@ def fit_lines(network: Network, batches: Iterable[Mapping[str, Tensor]]) -> dict
     seen = False
     for inputs in batches:
         seen = True
-        with torch.no_grad():
-            recorder.run(*(inputs[name] for name in network.traced.inputs))
+        ordered = [inputs[name] for name in network.traced.inputs]
+        try:
+            with torch.no_grad():
+                recorder.run(*ordered)
+        except NotFinite as where:
+            raise DataError(culprit(network.traced.module, ordered, str(where))) from None
     if not seen:
         raise DataError(f"{network.name}: no examples to fit lines to; one or more are needed")
     return {one.name: recorder.fit(one) for one in found}
@@ -76,6 +81,8 @@ class _Recorder(fx.Interpreter):
         self.sums[one.name] += torch.stack(
             [count, x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1), (y * y).sum(1)]
         ).cpu()
+        if not bool(self.sums[one.name].isfinite().all()):
+            raise NotFinite(one.name)
         return value
 
     def fit(self, one: Activation) -> Fit:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tinier.errors import DataError, InputError
 
+IGNORED = -100  # label of a position that does not count, as torch has it
 Loss = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
 
 
@@ -83,12 +84,19 @@ def _drawn(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """Added up over the examples, a mean over the positions of each; classes below 0 do not count."""
+    """Added up over the examples, a mean over the positions of each; the class −100 does not count."""
+    wrong = ((classes < 0) & (classes != IGNORED)) | (classes >= logits.shape[-1])
+    if bool(wrong.any()):
+        value, count = int(classes[wrong][0]), logits.shape[-1]
+        raise DataError(
+            f"a label is {value}, but the network has {count} classes: labels are 0 to {count - 1}"
+            + ("; do yours start at 1?" if value == count else "")
+        )
     each = F.cross_entropy(
-        logits.flatten(0, -2), classes.flatten().long(), reduction="none", ignore_index=-100
+        logits.flatten(0, -2), classes.flatten().long(), reduction="none", ignore_index=IGNORED
     )
     each = each.view(len(classes), -1)
-    counted = (classes.view(len(classes), -1) != -100).sum(1).clamp(min=1)
+    counted = (classes.view(len(classes), -1) != IGNORED).sum(1).clamp(min=1)
     return (each.sum(1) / counted).sum()
 
 

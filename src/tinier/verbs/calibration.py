@@ -1,12 +1,16 @@
 """The examples that steps without training look at: few, spread over the data, in batches that the network takes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from tinier.data.base import Examples
+from tinier.data.check import check_labels, runs
+from tinier.errors import InputError
 from tinier.network import Network
+from tinier.recovery.base import Loss
+from tinier.recovery.loop import Recovered
 from tinier.statistics import Statistics
 from tinier.verbs.smaller import examples_of
 
@@ -15,11 +19,25 @@ BATCH = 64
 
 
 def calibration(data: Any, network: Network) -> Examples:
-    """At most 512 examples, spread over the data, which may be sorted by class."""
+    """At most 512 examples, spread over the data, which may be sorted by class.
+
+    Raises:
+        DataError: there are none, the network does not run on them, or they are not finite.
+    """
     examples = examples_of(data, network)
-    if len(examples) <= CALIBRATION:
-        return examples
-    return examples.subset([i * len(examples) // CALIBRATION for i in range(CALIBRATION)])
+    if len(examples) > CALIBRATION:
+        examples = examples.subset([i * len(examples) // CALIBRATION for i in range(CALIBRATION)])
+    runs(examples, network)
+    return examples
+
+
+def training(data: Any, network: Network, losses: Sequence[Loss] | None = None) -> Examples:
+    """All examples, checked as those of ``calibration``; the labels too, where a loss needs them."""
+    examples = examples_of(data, network)
+    outputs, labels = runs(examples, network), examples.labels()
+    if outputs and labels is not None and any(loss.needs_labels for loss in losses or ()):
+        check_labels(labels, outputs[0])
+    return examples
 
 
 def labelled(
@@ -42,3 +60,14 @@ def few(examples: Examples, network: Network) -> Statistics:
     """A batch of examples as they are, for methods that try what a change does."""
     first = examples.subset(range(min(len(examples), BATCH)))
     return Statistics({}, len(examples), samples=tuple(batches_of(first, network)))
+
+
+def ended_early(done: Recovered) -> list[str]:
+    """A note where training ended before its time.
+
+    Raises:
+        InputError: it ended before it began.
+    """
+    if done.stopped and not done.epochs:
+        raise InputError(f"nothing was trained: {done.stopped}")
+    return [f"training ended early: {done.stopped}"] if done.stopped else []

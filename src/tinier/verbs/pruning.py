@@ -26,8 +26,8 @@ from tinier.search.for_latency import plan_for_latency
 from tinier.statistics import Statistics, observe
 from tinier.targets.base import targets_for
 from tinier.units import parse_milliseconds
-from tinier.verbs.calibration import batches_of, calibration, few, labelled
-from tinier.verbs.smaller import Smaller, examples_of, network_of, since
+from tinier.verbs.calibration import batches_of, calibration, ended_early, few, labelled, training
+from tinier.verbs.smaller import Smaller, network_of, since
 from tinier.verbs.sparsity import mask_weights
 
 
@@ -158,6 +158,7 @@ def prune(
         if at_most is None and of in COSTS and threshold is None:
             left = _cost(shallow, of) / _cost(network, of)
             method = replace(method, keep=min(keep / left, 1.0))
+    whole = training(data, network) if epochs else None
     current, slices = shallow, Plan()
     for step in range(steps):
         share = method if steps == 1 else _round(method, steps)
@@ -165,9 +166,9 @@ def prune(
         following = found.apply(current) if found.edits else current
         if found.edits and examples is not None and compensate is not False:
             following = fit_again(following, current, found, batches_of(examples, network))
-        if epochs and examples is not None:
-            whole = examples_of(data, network)
-            following = train_student(following, network, whole, epochs=epochs, seed=seed).network
+        if whole is not None:
+            done = train_student(following, network, whole, epochs=epochs, seed=seed)
+            following, notes = done.network, [*notes, *ended_early(done)]
         slices = found if step == 0 else follow(slices, found, channel_groups(shallow.traced))
         current = following
     if steps > 1:

@@ -12,8 +12,8 @@ from tinier.recovery.base import Loss, Penalty
 from tinier.recovery.growing import Growing
 from tinier.recovery.loop import recover as train_student
 from tinier.statistics import observe
-from tinier.verbs.calibration import calibration, labelled
-from tinier.verbs.smaller import Smaller, examples_of, network_of, since
+from tinier.verbs.calibration import calibration, ended_early, labelled, training
+from tinier.verbs.smaller import Smaller, network_of, since
 
 
 def sparsify(
@@ -59,7 +59,7 @@ def sparsify(
     done = train_student(
         network,
         network,
-        examples_of(data, network),
+        training(data, network, losses),
         losses=losses,
         penalties=penalties,
         epochs=epochs,
@@ -67,13 +67,14 @@ def sparsify(
         lr=lr,
         seed=seed,
     )
+    stopped = ended_early(done)
     grown = [penalty for penalty in penalties if isinstance(penalty, Growing)]
     plan = sum((g.plan for g in grown), Plan()) if grown else DeadChannels().plan(done.network)
     smaller = plan.apply(done.network)
     names = ", ".join(penalty.name for penalty in penalties)
     note = f"trained for {done.epochs:.2g} epochs in {done.seconds:.0f} s with {names}"
     original, plan = since(model, network, plan)
-    return Smaller(smaller, original, plan, notes=(*smaller.notes, note))
+    return Smaller(smaller, original, plan, notes=(*smaller.notes, note, *stopped))
 
 
 def mask_weights(model: Any, network: Network, method: WeightPruning, data: Any) -> Smaller:

@@ -11,7 +11,8 @@ from tinier.network import Example
 from tinier.recovery.loop import recover as train_student
 from tinier.statistics import collect
 from tinier.targets.base import Artifact, targets_for
-from tinier.verbs.smaller import Smaller, examples_of, network_of
+from tinier.verbs.calibration import ended_early, training
+from tinier.verbs.smaller import Smaller, network_of
 
 BATCH = 64
 
@@ -36,7 +37,7 @@ def quantize(
     if data is None:
         raise InputError("quantize needs data: a few hundred examples that ranges are taken from")
     network = network_of(model, example, data)
-    examples = examples_of(data, network)
+    examples = training(data, network)
     batches = (inputs for inputs, _ in examples.batches(BATCH))
     method = StaticQuantization(ranges=ranges, bits=bits, saturation_free=not machine().vnni)
     plan = method.plan(network, collect(network, batches))
@@ -62,11 +63,12 @@ def recover(
         epochs: passes over the data.
         seed: of the order of the examples.
     """
-    examples = examples_of(data, pruned.network)
+    examples = training(data, pruned.network)
     done = train_student(
         pruned.network, pruned.original, examples, seconds=seconds, epochs=epochs, seed=seed
     )
-    notes = (*pruned.notes, f"recovered for {done.epochs:.2g} epochs in {done.seconds:.0f} s")
+    note = f"recovered for {done.epochs:.2g} epochs in {done.seconds:.0f} s"
+    notes = (*pruned.notes, note, *ended_early(done))
     return Smaller(done.network, pruned.original, pruned.plan, notes=notes)
 
 
