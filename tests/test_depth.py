@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tinier
 from networks import build
 from tinier.edits.base import Plan
 from tinier.edits.drop import Drop
@@ -176,3 +177,29 @@ def test_the_layers_of_an_encoder_leave_and_not_the_encoder() -> None:
     assert type(layers) is BertForSequenceClassification and len(layers.bert.encoder.layer) == 1
     before, after = (sum(macs(one.traced).values()) for one in (network, shallow))
     assert after < 0.5 * before
+
+
+def dropped(plan: Plan) -> list[str]:
+    return [edit.block for edit in plan.edits if isinstance(edit, Drop)]
+
+
+@pytest.mark.parametrize(
+    "exclude", ["layers.1", "layers.1.inner", "layers.1.inner.weight", "*1.outer", "layers.[12]"]
+)
+def test_what_is_excluded_keeps_its_block(exclude: str) -> None:
+    network = stack(1.0, 0.01, 0.1, 1.0)  # the second one matters least
+    assert dropped(DepthPruning(count=1).plan(network)) == ["layers.1"]
+    plan = DepthPruning(count=1, exclude=(exclude,)).plan(network)
+    assert dropped(plan) in (["layers.2"], ["layers.0"], ["layers.3"])
+    assert exclude == "layers.[12]" or dropped(plan) == ["layers.2"]
+    by_verb = tinier.prune(network, depth=1, keep=1.0, exclude=[exclude])
+    assert by_verb.plan == plan
+
+
+def test_a_whole_list_may_be_excluded() -> None:
+    network = stack(1.0, 0.01)
+    for depth in (1, 0.5):
+        with pytest.raises(RefusedError, match="exclude="):
+            tinier.prune(network, depth=depth, keep=1.0, exclude=["layers"])
+    with pytest.raises(InputError, match=r"nothing is called layer\.1; did you mean layers\.1\?"):
+        tinier.prune(network, depth=1, keep=1.0, exclude=["layer.1"])

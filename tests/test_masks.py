@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import tinier
 from networks import NETWORKS, build
 from tinier.edits.base import Plan
 from tinier.edits.mask import Mask, sparsity, unmask
@@ -464,3 +465,14 @@ def test_masked_networks_still_compute_their_loss() -> None:
         reference = wanted[edit.parameter]
         assert grad is not None and reference is not None
         torch.testing.assert_close(grad, reference * edit.mask)
+
+
+@pytest.mark.parametrize("exclude", ["4", "4.weight", "[4]"])
+def test_a_module_is_excluded_by_its_name(exclude: str) -> None:
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    masked = tinier.prune(model, torch.randn(2, 8), pattern="unstructured", exclude=exclude)
+    assert [edit.row()[0] for edit in masked.plan.edits] == ["0.weight", "2.weight"]
+    with pytest.raises(InputError, match="nothing is called 5"):
+        tinier.prune(model, torch.randn(2, 8), pattern="unstructured", exclude="5")

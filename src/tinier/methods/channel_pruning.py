@@ -18,7 +18,7 @@ from tinier.graph.axes import Atom
 from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.graph.macs import COSTS, Cost
 from tinier.methods.allocation import Knob, above, allocate
-from tinier.methods.base import Method
+from tinier.methods.base import Method, covers, must_exist
 from tinier.methods.uniform import bundles, must_divide
 from tinier.network import Network
 from tinier.statistics import Statistics
@@ -43,7 +43,7 @@ class ChannelPruning(Method):
         at_most: the cost that may be left as a number instead: MACs, parameters or bytes.
         threshold: cut every channel that ranks at or below this instead, whatever that costs.
         rates: (pattern, share) pairs: groups whose name matches keep exactly this share of their channels; "*" matches anything.
-        exclude: patterns of names of groups, or of modules, whose channels all stay.
+        exclude: patterns of names of groups, or of modules, whose channels all stay; of a parameter named in full, both its sides do.
         criterion: scores the channels.
         ranking: "global" ranks all channels against each other, "kind" those of one kind (neurons, heads, …), each kind losing the same
             share, and "local" those of a group, each group losing the same share.
@@ -123,7 +123,9 @@ class ChannelPruning(Method):
         fixed = self._fixed(channels)
         if share == 1 and not fixed and self.threshold is None:
             return Plan()
-        self._check_exclude(network, channels)
+        must_exist(
+            self.exclude, network, [*(g.name for g in channels.groups), *channels.parameters]
+        )
         candidates = [group for group in channels.groups if self._may_go(group)]
         if not candidates:
             raise RefusedError(f"{network.name}: no channel can be cut. {why(channels)}")
@@ -138,26 +140,14 @@ class ChannelPruning(Method):
                 edits.append(Slice.of(group, order[:count].tolist()))
         return Plan(tuple(edits))
 
-    def _check_exclude(self, network: Network, channels: Channels) -> None:
-        names = [group.name for group in channels.groups]
-        names += [name for name, _ in network.module.named_modules()]
-        names += [name for name in channels.parameters]
-        for pattern in self.exclude:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise InputError(
-                    f"exclude: nothing is called {pattern}; there are {', '.join(g.name for g in channels.groups)}"
-                )
-
     def _may_go(self, group: Group) -> bool:
         asked = {"normalised": self.normalised, "head_dim": self.head_dims}
         if group.size <= group.minimum or asked.get(group.kind) is False:
             return False
+        if any(slot.parameter in self.exclude for slot in group.slots):
+            return False
         module = group.name.partition(":")[0]
-        return not any(
-            fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
-            for pattern in self.exclude
-            for name in (group.name, module)
-        )
+        return not any(covers(self.exclude, name) for name in (group.name, module))
 
     def _scores(
         self, network: Network, groups: list[Group], statistics: Statistics | None

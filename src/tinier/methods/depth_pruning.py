@@ -11,7 +11,7 @@ from tinier.edits.drop import Drop
 from tinier.errors import InputError, RefusedError
 from tinier.graph.blocks import Block, blocks, without
 from tinier.graph.groups import channel_groups
-from tinier.methods.base import Method
+from tinier.methods.base import Method, covers, must_exist
 from tinier.network import Network
 from tinier.statistics import Statistics
 
@@ -27,6 +27,7 @@ class DepthPruning(Method):
         keep: the share of the MACs of all blocks that may be left, in [0, 1]; what is not in a block stays.
         count: how many blocks leave instead.
         whole: whether only the outermost blocks leave, so that the layers that stay are whole.
+        exclude: patterns of names of modules, groups or parameters that stay, and with them the blocks that they are in.
 
     Source:
         Men et al. 2024, "ShortGPT: Layers in large language models are more redundant than you expect", for dropping by influence.
@@ -40,6 +41,7 @@ class DepthPruning(Method):
     keep: float = 0.75
     count: int | None = None
     whole: bool = True
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.keep <= 1:
@@ -61,17 +63,22 @@ class DepthPruning(Method):
             For each dropped block a run of the network on the samples for each block that is left.
         """
         traced = network.traced
-        found = self._candidates(blocks(traced, channel_groups(traced)))
-        if not found and (self.count or self.keep < 1):
+        channels = channel_groups(traced)
+        named = [*(group.name for group in channels.groups), *channels.parameters]
+        must_exist(self.exclude, network, named)
+        every = self._candidates(blocks(traced, channels))
+        if not every and (self.count or self.keep < 1):
             raise RefusedError(
                 f"{network.name}: no block can be dropped: none has a path around its weights and the shape of its input"
             )
+        found = self._free(every, [*named, *(name for name, _ in network.module.named_modules())])
         if self.count is not None and self.count > len(found):
+            less = f" that exclude={list(self.exclude)} leaves" if self.exclude else ""
             raise RefusedError(
-                f"{network.name}: {self.count} blocks were to be dropped, there are {len(found)}: {', '.join(b.path for b in found)}"
+                f"{network.name}: {self.count} blocks were to be dropped, there are {len(found)}{less}: {', '.join(b.path for b in found)}"
             )
         samples = statistics.samples if statistics and statistics.samples else (network.example,)
-        whole = sum(block.macs for block in found)
+        whole = sum(block.macs for block in every)
         dropped: list[Block] = []
         while not self._enough(dropped, whole):
             rest = [b for b in found if not any(_overlap(b, d) for d in dropped)]
@@ -83,6 +90,10 @@ class DepthPruning(Method):
                 break
             changes = output_changes(network, dropped, rest, samples)
             dropped.append(min(rest, key=lambda b: changes[b.path] / max(b.macs, 1.0)))
+        if not found and not self._enough(dropped, whole):
+            raise RefusedError(
+                f"{network.name}: exclude={list(self.exclude)} leaves no block to drop"
+            )
         if not dropped and not self._enough(dropped, whole):
             least = min(block.macs for block in found) / whole
             raise RefusedError(
@@ -99,6 +110,16 @@ class DepthPruning(Method):
         stacks = [block for block in found if _is_stack(block, found)]
         rest = [block for block in found if block not in stacks]
         return [block for block in rest if not any(block.nodes < other.nodes for other in rest)]
+
+    def _free(self, found: Sequence[Block], names: Sequence[str]) -> list[Block]:
+        """The blocks that hold nothing that is to stay, and are not inside of it."""
+        stay = {name.partition(":")[0] for name in names if covers(self.exclude, name)}
+        return [
+            block
+            for block in found
+            if not covers(self.exclude, block.path)
+            and not any(f"{name}.".startswith(f"{block.path}.") for name in stay)
+        ]
 
     def _enough(self, dropped: Sequence[Block], whole: float) -> bool:
         if self.count is not None:

@@ -15,7 +15,7 @@ from tinier.edits.mask import Mask
 from tinier.errors import InputError, RefusedError
 from tinier.graph.groups import named_tensors
 from tinier.graph.weights import Weight, weights
-from tinier.methods.base import Method
+from tinier.methods.base import Method, covers, must_exist
 from tinier.modules.masked import masks_of, plain_name
 from tinier.network import Network
 from tinier.statistics import Statistics
@@ -47,7 +47,7 @@ class WeightPruning(Method):
         min_keep: the smallest share of a parameter that stays, so that no layer is cut through.
         include: patterns of names, as "*.attention.*"; empty for all weights of linear layers and convolutions. Biases, norms,
             embeddings and recurrent weights are pruned only where a pattern without wildcard names them.
-        exclude: patterns of names that are left alone.
+        exclude: patterns of names of parameters, or of modules, that are left alone.
 
     Source:
         Han et al. 2015, "Learning both weights and connections for efficient neural networks"; Mishra et al. 2021, "Accelerating sparse
@@ -106,6 +106,7 @@ class WeightPruning(Method):
     def _chosen(self, network: Network) -> list[Weight]:
         known = weights(network.traced)
         tied = _tied(network)
+        must_exist(self.exclude, network, list(_all_names(network)))
         chosen: list[Weight] = []
         seen: set[str] = set()
         for name, tensor in named_tensors(network.traced.module).items():
@@ -115,7 +116,7 @@ class WeightPruning(Method):
             seen |= names
             weight = next((w for n, w in known.items() if n in names), None)
             plain = weight is not None and weight.kind != "recurrent" and not weight.shared
-            if _matches(names, self.exclude):
+            if any(covers(self.exclude, name) for name in names):
                 continue
             if names.intersection(self.include) or (
                 plain and (not self.include or _matches(names, self.include))
@@ -235,9 +236,14 @@ def _share(scores: Tensor, share: float) -> int:
 def _tied(network: Network) -> dict[str, set[str]]:
     """Parameter → every name that it has in the module: the graph may know a tied one under a single name."""
     names: dict[int, set[str]] = {}
-    for name, parameter in network.module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(plain_name(name))
+    for name, parameter in _all_names(network).items():
+        names.setdefault(id(parameter), set()).add(name)
     return {name: same for same in names.values() for name in same}
+
+
+def _all_names(network: Network) -> dict[str, Tensor]:
+    named = network.module.named_parameters(remove_duplicate=False)
+    return {plain_name(name): parameter for name, parameter in named}
 
 
 def _matches(names: set[str], patterns: tuple[str, ...]) -> bool:

@@ -69,7 +69,7 @@ def prune(
         threads: of that runtime; all physical cores if None.
         threshold: cut whatever ranks at or below it instead.
         rates: group name or pattern → share of its channels that is kept.
-        exclude: patterns of groups or modules that stay.
+        exclude: patterns of groups or modules that stay: their channels, their weights under ``pattern``, their blocks under ``depth``.
         criterion: scores the channels: a ``Criterion``, its name, or a function (network, group) → scores; None for
             reconstruction with data and L2 magnitude without.
         ranking: what channels are ranked against: "global" (all others), "kind" or "local"; for masks also "row". None for global, for
@@ -117,6 +117,7 @@ def prune(
             "steps": steps > 1, "epochs": bool(epochs), "compensate": bool(compensate), "threshold": threshold is not None,
         },
     )  # fmt: skip
+    stay = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     network = network_of(model, example, data)
     if pattern is not None:
         masks = WeightPruning(
@@ -125,7 +126,7 @@ def prune(
             threshold=threshold,
             ranking=ranking or "local",
             criterion=as_criterion(criterion),
-            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+            exclude=stay,
         )
         return mask_weights(model, network, masks, data)
     method = ChannelPruning(
@@ -134,7 +135,7 @@ def prune(
         at_most=at_most,
         threshold=threshold,
         rates=tuple((rates or {}).items()),
-        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        exclude=stay,
         criterion=as_criterion(
             Reconstruction() if criterion is None and data is not None else criterion
         ),
@@ -152,7 +153,7 @@ def prune(
     dropped, notes = Plan(), []
     shallow = network
     if depth:
-        dropped = _depth(depth).plan(network, few(examples, network) if examples else None)
+        dropped = _depth(depth, stay).plan(network, few(examples, network) if examples else None)
         shallow = dropped.apply(network)
         notes.append(f"{len(dropped.edits)} blocks dropped")
         if at_most is None and of in COSTS and threshold is None:
@@ -189,12 +190,14 @@ def _check_together(
             raise InputError(f"{name} does not go together with {', '.join(wrong)}; leave one out")
 
 
-def _depth(depth: float) -> DepthPruning:
+def _depth(depth: float, exclude: tuple[str, ...]) -> DepthPruning:
     if not depth > 0 or (depth >= 1 and depth != int(depth)):
         raise InputError(
             f"depth={depth}: a number of blocks, or a share of them below 1, is needed"
         )
-    return DepthPruning(count=int(depth)) if depth >= 1 else DepthPruning(keep=1 - depth)
+    if depth >= 1:
+        return DepthPruning(count=int(depth), exclude=exclude)
+    return DepthPruning(keep=1 - depth, exclude=exclude)
 
 
 def _cost(network: Network, of: str) -> float:
