@@ -1,5 +1,6 @@
 """Pruning with data and no criterion named: whatever reads the channels, and however poor the data."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from tinier.criteria.magnitude import Magnitude
 from tinier.criteria.reconstruction import Reconstruction, _matched
 from tinier.criteria.wanda import Wanda
 from tinier.errors import InputError, RefusedError
+from tinier.recovery.refit import Refit
 from tinier.verbs import prune
 from tinier.verbs.smaller import costs
 
@@ -146,3 +148,21 @@ def test_nothing_but_zeros_behind_a_batch_norm() -> None:
     ).eval()  # fmt: skip
     smaller = prune(model, torch.randn(4, 3, 8, 8), data=torch.zeros(64, 3, 8, 8))
     assert costs(smaller.network)[0] <= 0.5 * costs(smaller.original)[0]
+
+
+def test_notes_of_compensation_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = torch.randn(40, 8)
+
+    def notes(**options: Any) -> list[str]:
+        smaller = prune(deep(), torch.randn(4, 8), **options)
+        return [note for note in smaller.notes if "compensat" in note]
+
+    assert notes(data=data) == ["compensated on 40 examples"]
+    assert notes(data=data, keep=1.0) == []  # nothing was cut
+    assert notes(data=data, compensate=False) == []
+    errors = itertools.count()
+    monkeypatch.setattr(
+        Refit, "error", lambda refit: float(next(errors))
+    )  # worse after than before
+    (note,) = notes(data=data)
+    assert "left out" in note

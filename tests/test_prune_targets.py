@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import tinier
 from networks import build
+from tinier.data.read import read
 from tinier.edits.config import standard
 from tinier.edits.follow import follow
 from tinier.edits.slice import Slice
@@ -20,13 +22,17 @@ from tinier.errors import InputError, RefusedError
 from tinier.graph.groups import channel_groups
 from tinier.graph.macs import COSTS, Cost
 from tinier.measure.latency import Latency
+from tinier.measure.machine import machine
 from tinier.methods.allocation import Knob, allocate
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.network import Network
+from tinier.progress import Silent
 from tinier.search import for_latency
 from tinier.search.for_latency import plan_for_latency
+from tinier.search.workshop import Workshop
 from tinier.targets.null import NullTarget
 from tinier.verbs import load, prune, save
+from tinier.verbs.asked import shares
 
 
 def cost(network: Network, of: str) -> float:
@@ -324,6 +330,11 @@ def test_steps_after_each_other_load_into_the_first_model(tmp_path: Path) -> Non
         {"pattern": "2:4", "depth": 1}, {"pattern": "2:4", "max_latency": "5ms"}, {"pattern": "2:4", "uniform": True},
         {"max_latency": "5ms", "steps": 2}, {"max_latency": "5ms", "threshold": 1.0}, {"threshold": float("nan")}, {"exclude": ["zzz"]},
         {"exclude": "first_"}, {"threads": 0}, {"rates": {"first": 0.5}, "exclude": "first"},
+        {"threshold": 1.0, "keep": 0.5}, {"threshold": 1.0, "at_most": 1e6}, {"at_most": 1e6, "keep": 0.9}, {"max_latency": 5, "keep": 0.9},
+        {"pattern": "2:4", "keep": 0.1}, {"pattern": "2:4", "ranking": "global"}, {"threshold": 0.1, "keep": 0.5, "pattern": "4x1"},
+        {"pattern": "unstructured", "round_to": 8}, {"target": "foo"}, {"target": "torch", "round_to": 4}, {"threads": 1},
+        {"pattern": "unstructured", "target": "torch"}, {"steps": 2, "threshold": 1.0}, {"steps": 2, "rates": {"first": 0.5}},
+        {"steps": 2, "of": "channels"}, {"schedule": "cubic"}, {"steps": 2, "schedule": "linear"},
     ],
 )  # fmt: skip
 def test_options_are_never_passed_over(wide: Network, wrong: dict[str, Any]) -> None:
@@ -335,3 +346,81 @@ def test_an_excluded_module_may_be_named_alone(wide: Network) -> None:
     assert [edit.row()[0] for edit in prune(wide, keep=0.7, exclude="first").plan.edits] == [
         "second"
     ]
+
+
+def test_what_contradicts_is_named(wide: Network) -> None:
+    with pytest.raises(InputError, match="keep and threshold: each says how much is left"):
+        prune(wide, keep=0.5, threshold=1.0)
+    with pytest.raises(InputError, match=r"pattern='2:4' says itself what stays; leave out keep"):
+        prune(wide, keep=0.5, pattern="2:4")
+
+
+@pytest.mark.parametrize("schedule", [None, "geometric", "cubic"])
+def test_rounds_take_a_number_instead_of_a_share(wide: Network, schedule: str | None) -> None:
+    whole = cost(wide, "parameters")
+    for asked in ({"at_most": 0.4 * whole}, {"keep": 0.4}):
+        pruned = prune(wide, of="parameters", steps=3, schedule=schedule, round_to=1, **asked)  # type: ignore[arg-type]
+        assert 0.36 * whole < cost(pruned.network, "parameters") <= 0.4 * whole
+        assert "cut in 3 rounds" in pruned.notes
+    at_once = prune(wide, of="parameters", at_most=whole, steps=2)
+    assert not at_once.plan.edits
+
+
+def test_schedules() -> None:
+    assert shares(0.25, 2, None) == shares(0.25, 2, "geometric") == [0.5, 0.25]
+    # Zhu and Gupta, equation 1, with s_i = 0, s_f = 0.8, t_0 = 0, n Δt = 4: s = 0.8 − 0.8 (1 − t / 4)³
+    assert shares(0.2, 4, "cubic") == pytest.approx([1 - 0.4625, 1 - 0.7, 1 - 0.7875, 0.2])
+
+
+def test_rounds_follow_their_schedule(wide: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    plan = ChannelPruning.plan
+
+    def watched(self: ChannelPruning, network: Network, statistics: Any = None) -> Any:
+        asked.append((self.at_most or 0.0) / cost(wide, "macs"))
+        return plan(self, network, statistics)
+
+    monkeypatch.setattr(ChannelPruning, "plan", watched)
+    prune(wide, keep=0.36, steps=3, schedule="cubic", round_to=1)
+    assert asked == pytest.approx(shares(0.36, 3, "cubic"))
+
+
+def test_sizes_are_numbers_of_bytes(wide: Network) -> None:
+    half = prune(wide, of="bytes", at_most="3kB", round_to=1)
+    assert 2700 < cost(half.network, "bytes") <= 3000
+    assert prune(wide, at_most="400").plan == prune(wide, at_most=400).plan
+    for wrong in ("3kB", "some"):
+        with pytest.raises(InputError, match="at_most"):
+            prune(wide, at_most=wrong)
+
+
+def test_widths_are_rounded_as_the_named_target_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 4)), torch.randn(2, 8)
+
+    def width(target: str | None, flags: tuple[str, ...]) -> int:
+        facts = replace(machine(), flags=flags)
+        monkeypatch.setattr(sys.modules["tinier.measure.machine"], "machine", lambda: facts)
+        (edit,) = prune(model, x, keep=0.49, target=target).plan.edits
+        assert isinstance(edit, Slice)
+        return len(edit.kept)
+
+    assert width("onnxruntime", ("avx2", "avx512f")) == 240  # 250 units at most
+    for target, flags in (
+        ("onnxruntime", ("avx2",)),
+        ("torch", ("avx512f",)),
+        (None, ("avx512f",)),
+    ):
+        assert width(target, flags) == 248
+
+
+def test_candidates_of_a_search_have_the_widths_that_it_is_given(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 4))
+    network = Network(module, {"input": torch.randn(2, 8)})
+    examples = read(torch.randn(8, 8), network.example)
+    for width, kept in ((8, 248), (16, 240)):
+        shop = Workshop(
+            network, examples, None, {}, tmp_path, 1, 1, False, 0, Silent(), width=width
+        )
+        (edit,) = shop.pruned(0.49)[1].edits
+        assert isinstance(edit, Slice) and len(edit.kept) == kept

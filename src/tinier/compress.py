@@ -13,7 +13,7 @@ import torch
 
 from tinier.data.base import Examples
 from tinier.errors import DataError, InputError, OutputError
-from tinier.measure.machine import default_threads, machine
+from tinier.measure.machine import WIDTH, default_threads, machine, width_for
 from tinier.measure.metrics import Metric
 from tinier.measure.metrics import metric as metric_of
 from tinier.network import Example
@@ -134,6 +134,8 @@ def compress(
             seed=seed,
             progress=progress,
             losses=(OutputMSE(),) if judged.classifies is False else None,
+            # Whichever runtime wins is not known where all are tried.
+            width=WIDTH if target == "cpu" else max(map(width_for, targets.values())),
         )
         searched = Judge(network, parts.searched, judged, fixed or EVALUATED, progress)
         unseen = Judge(

@@ -1,6 +1,7 @@
 """Quantities as people write them: 1%, 5ms, 4MB, 10m."""
 
 import re
+from numbers import Integral, Real
 
 from tinier.errors import InputError
 
@@ -37,9 +38,19 @@ def parse_milliseconds(text: float | str) -> float:
     return 1e3 * parse_seconds(text, "ms", "max-latency")
 
 
-def parse_bytes(text: float | str) -> int:
+def parse_bytes(text: float | str, name: str = "max-size") -> int:
     """Bytes of a size ("4MB", "512KiB", or a plain number of bytes)."""
-    return int(_parse(text, BYTES, "b", f"max-size is {text!r}; write a size such as 300kB or 4MB"))
+    return int(_parse(text, BYTES, "b", f"{name} is {text!r}; write a size such as 300kB or 4MB"))
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, not a text, None, NaN or a truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer, of Python or numpy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def parse_drop(text: float | str) -> float:

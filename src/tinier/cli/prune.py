@@ -34,20 +34,32 @@ def prune(
         ),
     ],
     out: Out,
-    keep: Annotated[float, typer.Option(help="Share of the cost that is kept, in (0, 1].")] = 0.5,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the cost that is kept, in (0, 1]; half where nothing says how much."
+        ),
+    ] = None,
     of: Annotated[
         str,
         typer.Option(help="macs, parameters, bytes, or channels (the same share of each group)."),
     ] = "macs",
     at_most: Annotated[
-        float | None,
-        typer.Option(help="The cost as a number of MACs, parameters or bytes instead."),
+        str | None,
+        typer.Option(
+            help="The cost as a number of MACs, parameters or bytes (such as 4MB) instead."
+        ),
     ] = None,
     max_latency: Annotated[
         str | None,
         typer.Option(help="Greatest latency instead, such as 5ms, measured on --target."),
     ] = None,
-    target: Annotated[str, typer.Option(help="Runtime for --max-latency.")] = "onnxruntime",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Runtime for --max-latency, and that widths are rounded for; onnxruntime if not given."
+        ),
+    ] = None,
     threads: Threads = None,
     data: Annotated[
         str | None,
@@ -80,7 +92,10 @@ def prune(
         list[str] | None,
         typer.Option(help="Group or module that stays, * for any; may be repeated."),
     ] = None,
-    round_to: Annotated[int, typer.Option(help="Widths become multiples of this.")] = 8,
+    round_to: Annotated[
+        int | None,
+        typer.Option(help="Widths become multiples of this; what --target likes, or 8."),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Cut whatever ranks at or below this instead.")
     ] = None,
@@ -96,6 +111,10 @@ def prune(
         typer.Option(help="Whole residual blocks leave first: a number, or a share of their MACs."),
     ] = 0.0,
     steps: Annotated[int, typer.Option(help="Cut in this many rounds.")] = 1,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Of the rounds: geometric, or cubic: most in the first ones."),
+    ] = None,
     epochs: Annotated[
         float, typer.Option(help="Training towards the original after each round, on --data.")
     ] = 0.0,
@@ -126,6 +145,7 @@ def prune(
                 compensate=compensate,
                 depth=depth,
                 steps=steps,
+                schedule=schedule,
                 epochs=epochs,
                 seed=seed,
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tinier.targets.base import Status, known_targets
+from tinier.targets.base import Status, Target, known_targets
 
 # Flag as the Linux kernel names it → what it gives. The first four multiply 8-bit integers into 32-bit sums.
 INSTRUCTIONS = {
@@ -40,6 +40,7 @@ SYNONYMS = {
     "feat_fp16": "fphp",
     "feat_bf16": "bf16",
 }
+WIDTH = 8  # of the widths that channels are rounded to where nothing says more: 256-bit vectors of float32
 EXACT_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
@@ -91,6 +92,19 @@ def machine() -> Machine:
         python=platform.python_version(),
         runtimes={name: cls.status() for name, cls in known_targets().items() if cls.package},
     )
+
+
+def width_for(target: Target | None) -> int:
+    """The multiple that channel widths are best rounded to for a runtime on this CPU: what its kernels take at once.
+
+    Args:
+        target: the runtime; None for any.
+
+    Returns:
+        The largest of the target's ``blocks`` whose instructions the CPU has, at least 8. It is how kernels are built, not a measured time.
+    """
+    blocks = target.blocks if target is not None else {}
+    return max([blocks.get(flag, 0) for flag in machine().flags] + [WIDTH])
 
 
 def default_threads() -> int:

@@ -99,19 +99,26 @@ def compensate(
         raise DataError(f"{original.name}: its outputs on the data are not finite")
     refit.run()
     result = pruned.copy()
-    if left_out:
-        note = f"compensated with the first {len(data) * CHUNK} examples; more take over {memory / 2**30:.1f} GB"
-        result = replace(result, notes=(*result.notes, note))
     if not refit.error() <= before:
         note = (
             "compensation would have moved the outputs away from the original's, and was left out"
         )
         return replace(result, notes=(*result.notes, note))
+    if not refit.changed:
+        return replace(
+            result, notes=(*result.notes, "no layer behind the cuts could be fitted again")
+        )
     own = named_tensors(result.module)
     with torch.no_grad():
         for name in refit.changed:
             own[name].copy_(refit.tensors[name])
-    return result
+    count = sum(len(next(iter(inputs.values()))) for inputs in data)
+    note = f"compensated on {count} examples"
+    if left_out:
+        note = (
+            f"compensated with the first {count} examples; more take over {memory / 2**30:.1f} GB"
+        )
+    return replace(result, notes=(*result.notes, note))
 
 
 def _examples(

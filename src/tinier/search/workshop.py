@@ -10,6 +10,7 @@ from torch import Tensor
 from tinier.data.base import Examples
 from tinier.edits.base import Plan
 from tinier.errors import InputError, RefusedError
+from tinier.measure.machine import WIDTH
 from tinier.measure.parity import parity
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.methods.static_quantization import StaticQuantization
@@ -47,6 +48,7 @@ class Workshop:
         saturation_free: shrink weights that would saturate the kernels of a CPU without VNNI.
         seed: of everything random.
         losses: what recovery minimizes; None to choose by the original's output.
+        width: multiple that the widths of pruned networks are rounded to.
     """
 
     original: Network
@@ -60,6 +62,7 @@ class Workshop:
     seed: int
     progress: Progress
     losses: tuple[Loss, ...] | None = None
+    width: int = WIDTH
     trained: dict[float, dict[str, float]] = field(default_factory=dict)
     compensated: set[float] = field(default_factory=set)
     _tried: set[float] = field(default_factory=set)
@@ -78,10 +81,13 @@ class Workshop:
             RefusedError: the network cannot be pruned that far.
         """
         if keep not in self._pruned:
-            plan = Plan() if keep == 1 else ChannelPruning(keep=keep).plan(self.original)
+            plan = Plan() if keep == 1 else self._method(keep).plan(self.original)
             network = self.original if keep == 1 else plan.apply(self.original)
             self._pruned[keep] = (network, plan)
         return self._pruned[keep]
+
+    def _method(self, keep: float) -> ChannelPruning:
+        return ChannelPruning(keep=keep, round_to=self.width)
 
     def refine(self, candidate: Candidate) -> bool:
         """Whether the candidate's artifact must be built anew: its ranges are of a few examples, enough to time it but not to judge it."""

@@ -87,6 +87,8 @@ class Target(ABC):
     package: ClassVar[str]  # the distribution that must be installed; empty for none
     extra: ClassVar[str]  # the extra of tinier that installs it; empty for none
     suffix: ClassVar[str]  # of the file to open
+    # Instruction set → how many channels its kernels take at once; widths between are filled up with zeros.
+    blocks: ClassVar[Mapping[str, int]] = {}
 
     @classmethod
     def status(cls) -> Status:

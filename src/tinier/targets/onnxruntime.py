@@ -37,6 +37,7 @@ class OnnxRuntime(Target):
     package: ClassVar[str] = "onnxruntime"
     extra: ClassVar[str] = "onnxruntime"
     suffix: ClassVar[str] = ".onnx"
+    blocks: ClassVar[Mapping[str, int]] = {"avx512f": 16}  # the NCHWc layout of its convolutions
 
     def lower(self, network: Network, folder: Path, onnx_file: Path | None = None) -> Artifact:
         file = folder / "model.onnx"

@@ -32,6 +32,7 @@ class OpenVino(Target):
     package: ClassVar[str] = "openvino"
     extra: ClassVar[str] = "openvino"
     suffix: ClassVar[str] = ".xml"
+    blocks: ClassVar[Mapping[str, int]] = {"avx512f": 16}  # oneDNN's nChw16c layout
 
     def lower(self, network: Network, folder: Path, onnx_file: Path | None = None) -> Artifact:
         # read_model, not convert_model: that one sends telemetry.
