@@ -368,10 +368,13 @@ class TestWeightPruning:
         assert (transposed.mask.movedim(0, -1).reshape(-1, 2).sum(1) == 1).all()
 
     def test_m_must_divide(self) -> None:
-        with pytest.raises(
-            RefusedError, match=r"conv.weight: 4 does not divide 3 inputs; exclude it"
-        ):
-            WeightPruning(pattern="2:4").plan(build("residual_cnn"))
+        network = build("residual_cnn")
+        why = r"conv.weight: 4 does not divide 3 inputs; exclude it"
+        for name in ("conv.weight", "c*v.weight"):  # named, or nothing else is left
+            with pytest.raises(RefusedError, match=why):
+                WeightPruning(pattern="2:4", include=(name,)).plan(network)
+        with pytest.raises(RefusedError, match=r"5 does not divide .*; and \d+ more"):
+            WeightPruning(pattern="1:5", exclude=("fc",)).plan(network)
         with pytest.raises(
             RefusedError, match=r"fc1.weight: 8 does not divide 12 inputs; use 1:2 or 2:4"
         ):
@@ -476,3 +479,13 @@ def test_a_module_is_excluded_by_its_name(exclude: str) -> None:
     assert [edit.row()[0] for edit in masked.plan.edits] == ["0.weight", "2.weight"]
     with pytest.raises(InputError, match="nothing is called 5"):
         tinier.prune(model, torch.randn(2, 8), pattern="unstructured", exclude="5")
+
+
+def test_a_layer_of_three_inputs_is_left_and_said() -> None:
+    network = build("residual_cnn")
+    masked = tinier.prune(network, pattern="2:4")
+    names = [edit.row()[0] for edit in masked.plan.edits]
+    others = [w.name for w in weights(network.traced).values() if w.name != "conv.weight"]
+    assert sorted(names) == sorted(others)
+    assert "conv.weight keeps all its weights: 4 does not divide 3 inputs" in masked.notes
+    assert not tinier.prune(network, pattern="2:4", exclude="conv").notes

@@ -84,12 +84,13 @@ class WeightPruning(Method):
         """One mask for each parameter that loses weights.
 
         Raises:
-            RefusedError: nothing can be masked, m does not divide an input dimension, or a score is not finite; the layer is named.
+            RefusedError: nothing can be masked, m does not divide any input dimension or that of a parameter that ``include`` names in
+                full, or a score is not finite; the layer is named.
 
         Cost:
             The criterion's, and one sort of all weights.
         """
-        chosen = self._chosen(network)
+        chosen = self._fitting(network, self._chosen(network))
         if not chosen:
             raise RefusedError(
                 f"{network.name}: no weight to prune; include={self.include} and exclude={self.exclude} leave none"
@@ -127,6 +128,36 @@ class WeightPruning(Method):
             raise InputError(f"{network.name} has no parameter {', '.join(missing)}")
         return chosen
 
+    def left_whole(self, network: Network) -> tuple[str, ...]:
+        """What n of m passes over because m does not divide its inputs, a sentence for each parameter; as the first layer of a CNN."""
+        misfits = self._misfits(network, self._chosen(network))
+        return tuple(
+            f"{name} keeps all its weights: {why.partition(';')[0]}"
+            for name, why in misfits.items()
+        )
+
+    def _fitting(self, network: Network, chosen: list[Weight]) -> list[Weight]:
+        misfits = self._misfits(network, chosen)
+        wrong = [name for name in misfits if name in self.include]
+        if misfits and len(misfits) == len(chosen):
+            wrong = list(misfits)
+        if wrong:
+            more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            raise RefusedError("; ".join(f"{name}: {misfits[name]}" for name in wrong[:4]) + more)
+        return [weight for weight in chosen if weight.name not in misfits]
+
+    def _misfits(self, network: Network, chosen: list[Weight]) -> dict[str, str]:
+        """Parameter that n of m does not fit → why, and what would."""
+        n, m = self._n_of_m() or (1, 1)
+        tensors, result = named_tensors(network.traced.module), {}
+        for weight in chosen:
+            width = tensors[weight.name].shape[weight.inputs] if m > 1 else m
+            if width % m:
+                fits = [f"{max(1, n * s // m)}:{s}" for s in SMALL if width % s == 0]
+                offer = f"use {' or '.join(fits)}, or exclude it" if fits else "exclude it"
+                result[weight.name] = f"{m} does not divide {width} inputs; {offer}"
+        return result
+
     def _scores(
         self, network: Network, chosen: list[Weight], statistics: Statistics | None
     ) -> dict[str, Tensor]:
@@ -144,7 +175,6 @@ class WeightPruning(Method):
     def _masks(self, chosen: list[Weight], scores: dict[str, Tensor]) -> dict[str, Tensor]:
         if (pattern := self._n_of_m()) is not None:
             n, m = pattern
-            _divides(chosen, scores, n, m)
             return {w.name: n_of_m(scores[w.name], n, m, w.inputs) for w in chosen}
         if self.ranking == "row":
             return {
@@ -206,19 +236,6 @@ class WeightPruning(Method):
                 f"pattern={self.pattern!r}: 'unstructured', 'n:m' as '2:4', or blocks as '4x1' are possible"
             )
         return int(found[1]), int(found[2])
-
-
-def _divides(chosen: list[Weight], scores: dict[str, Tensor], n: int, m: int) -> None:
-    wrong = []
-    for weight in chosen:
-        width = scores[weight.name].shape[weight.inputs]
-        if width % m:
-            fits = [f"{max(1, n * s // m)}:{s}" for s in SMALL if width % s == 0]
-            offer = f"use {' or '.join(fits)}, or exclude it" if fits else "exclude it"
-            wrong.append(f"{weight.name}: {m} does not divide {width} inputs; {offer}")
-    if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise RefusedError("; ".join(wrong[:4]) + more)
 
 
 def _turn(tensor: Tensor, weight: Weight, back: bool = False) -> Tensor:
