@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from difflib import get_close_matches
 from inspect import isclass
+from pathlib import Path
 from typing import Any
 
 import tinier.criteria
 from tinier.criteria.base import Criterion
+from tinier.data.python import FUNCTION, import_function
 from tinier.errors import InputError
 from tinier.registry import implementations
 
@@ -15,14 +17,18 @@ def as_criterion(value: Criterion | str | Callable[..., Any] | None) -> Criterio
     """The criterion that is meant.
 
     Args:
-        value: a criterion; the name of one, with its defaults; a function (network, group) → scores, one for each channel;
-            None for L2 magnitude.
+        value: a criterion; the name of one, with its defaults; a function (network, group) → scores, one for each channel, or
+            "module:function" that names it, which imports the user's module; None for L2 magnitude.
 
     Raises:
-        InputError: no criterion has that name, or ``value`` is none of these.
+        InputError: no criterion has that name, there is no such module or function, or ``value`` is none of these.
     """
     if isinstance(value, Criterion):
         return value
+    if isinstance(value, str) and FUNCTION.fullmatch(value) and not Path(value).exists():
+        value = import_function(value)
+        if isclass(value) and issubclass(value, Criterion):
+            return value()
     known = implementations(tinier.criteria, Criterion)  # type: ignore[type-abstract]
     if value is None:
         return known["magnitude"]()
