@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tinier.cli.app import Json, Threads, app, guarded, print_json
+from tinier.recovery.cross_entropy import CrossEntropy
 from tinier.report.terminal import Bars
 from tinier.report.words import bar
 from tinier.shrink import shrink as run_shrink
 from tinier.verbs import Smaller
 from tinier.verbs import linearize as run_linearize
 from tinier.verbs import prune as run_prune
+from tinier.verbs import sparsify as run_sparsify
 from tinier.verbs.disk import write_all
 
 Model = Annotated[
@@ -70,7 +72,8 @@ def prune(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="What leaves first, by name; reconstruction with data and magnitude without if not given."
+            help="What leaves first, by name, or module:function, (network, group) → scores; reconstruction with data and magnitude "
+            "without if not given."
         ),
     ] = None,
     ranking: Annotated[
@@ -185,6 +188,56 @@ def linearize(
         with bars.task("linearizing", None):
             smaller = run_linearize(model, data=data, keep=keep)
         write_all(smaller, out)
+        return smaller
+
+    _finish(guarded(work), out, as_json)
+
+
+@app.command()
+def sparsify(
+    model: Model,
+    train: Annotated[str, typer.Option(help="Examples to train on, as for compress --data.")],
+    penalty: Annotated[
+        list[str],
+        typer.Option(
+            help="What drives weights to zero, with its strength: group_lasso:weight=1e-3; l1, l2, elastic_net, slimming, "
+            "growing, soft_filter; may be repeated."
+        ),
+    ],
+    out: Out,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Most seconds to train.")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the MACs that is kept afterwards; only what became zero is cut if not given."
+        ),
+    ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option("--labels", help="Learn from the labels, not from the model's own answers."),
+    ] = False,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a model towards zeros, then cut the channels that got there."""
+
+    def work(bars: Bars) -> Smaller:
+        with bars.task("training towards zeros", None):
+            smaller = run_sparsify(
+                model,
+                data=train,
+                penalties=penalty,
+                losses=[CrossEntropy()] if labels else None,
+                keep=keep,
+                epochs=epochs,
+                seconds=seconds,
+                lr=lr,
+                seed=seed,
+            )
+        with bars.task("writing", None):
+            write_all(smaller, out)
         return smaller
 
     _finish(guarded(work), out, as_json)

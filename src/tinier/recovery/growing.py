@@ -49,7 +49,7 @@ class Growing(Penalty):
         cuts = {edit.group: edit for edit in self.plan.edits if isinstance(edit, Slice)}
         if not cuts:
             raise RefusedError(
-                "growing: its plan cuts no channel; give plan=ChannelPruning(keep=…).plan(network)"
+                "growing: its plan cuts no channel; give plan=ChannelPruning(keep=…).plan(network), or sparsify a share: keep="
             )
         picked = []
         for one in members(network, parameters, "all", every=True):
