@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,3 +136,20 @@ def test_rounds_and_sizes(files: Path, tmp_path: Path) -> None:
     refused(
         tinier(*prune[:-1], tmp_path / "x", "--keep", 0.5, "--threshold", 1), "leave out the others"
     )
+
+
+def test_data_of_another_width(files: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "narrow.npz", x=np.zeros((40, 1, 8, 7), dtype=np.float32))
+    for verb, option in (("prune", "--data"), ("linearize", "--data"), ("sparsify", "--train")):
+        more = ["--penalty", "l1", "--epochs", 1] if verb == "sparsify" else []
+        given = [
+            verb,
+            files / "model.onnx",
+            option,
+            tmp_path / "narrow.npz",
+            "-o",
+            tmp_path / "out",
+        ]
+        refused(
+            tinier(*given, *more), "each example has shape (1, 8, 7), the model needs (1, 8, 8)"
+        )

@@ -21,6 +21,7 @@ from tinier.errors import InputError
 from tinier.graph.groups import Group
 from tinier.network import Network
 from tinier.statistics import Statistics
+from tinier.units import is_number
 
 CACHED = 2**18  # entries of a weight that are squared at once
 
@@ -48,8 +49,8 @@ class Magnitude(Criterion):
     p: float = 2.0
 
     def __post_init__(self) -> None:
-        if not self.p > 0:
-            raise InputError(f"magnitude: p={self.p}; a number above 0 is needed, such as 1 or 2")
+        if not is_number(self.p) or not self.p > 0:
+            raise InputError(f"magnitude: p={self.p!r}; a number above 0 is needed, such as 1 or 2")
 
     def scores(
         self, network: Network, groups: Sequence[Group], statistics: Statistics | None = None

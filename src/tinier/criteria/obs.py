@@ -14,6 +14,7 @@ from tinier.graph.groups import Group
 from tinier.network import Network
 from tinier.statistics import Statistics
 from tinier.statistics.places import layers_by_node
+from tinier.units import is_number
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class OBS(Criterion):
     ridge: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise InputError(f"obs: ridge={self.ridge}; a number above 0 is needed, such as 0.01")
+        if not is_number(self.ridge) or not self.ridge > 0:
+            raise InputError(f"obs: ridge={self.ridge!r}; a number above 0 is needed, such as 0.01")
 
     def scores(
         self, network: Network, groups: Sequence[Group], statistics: Statistics | None = None

@@ -17,6 +17,7 @@ from tinier.network import Network
 from tinier.statistics import Statistics
 from tinier.statistics.places import by_column, layers_by_node
 from tinier.statistics.sensitivity import Sensitivity
+from tinier.units import is_number
 
 ROUNDS = 64  # channels leave in about as many rounds, one by one in narrow groups
 
@@ -57,9 +58,9 @@ class Reconstruction(Criterion):
     otherwise: Criterion = field(default_factory=Magnitude)
 
     def __post_init__(self) -> None:
-        if not self.ridge > 0:
+        if not is_number(self.ridge) or not self.ridge > 0:
             raise InputError(
-                f"reconstruction: ridge={self.ridge}; a number above 0 is needed, such as 0.01"
+                f"reconstruction: ridge={self.ridge!r}; a number above 0 is needed, such as 0.01"
             )
         if self.otherwise.needs:
             raise InputError(

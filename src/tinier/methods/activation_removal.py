@@ -16,6 +16,7 @@ from tinier.graph.neighbours import neighbours
 from tinier.methods.base import Method
 from tinier.network import Network
 from tinier.statistics import Statistics
+from tinier.units import is_number, is_whole
 
 SCORES = ("output", "fit")
 
@@ -49,10 +50,12 @@ class ActivationRemoval(Method):
     merge: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.keep <= 1:
-            raise InputError(f"keep={self.keep}: a share in [0, 1] is needed")
-        if self.count is not None and self.count < 0:
-            raise InputError(f"count={self.count}: a number of activation functions is needed")
+        if not is_number(self.keep) or not 0 <= self.keep <= 1:
+            raise InputError(f"keep={self.keep!r}: a share in [0, 1] is needed")
+        if self.count is not None and (not is_whole(self.count) or self.count < 0):
+            raise InputError(
+                f"count={self.count!r}: a whole number of activation functions is needed"
+            )
         if self.score not in SCORES:
             raise InputError(f"score={self.score!r}: one of {', '.join(SCORES)} is needed")
 

@@ -22,6 +22,7 @@ from tinier.methods.base import Method, covers, must_exist
 from tinier.methods.uniform import bundles, must_divide
 from tinier.network import Network
 from tinier.statistics import Statistics
+from tinier.units import is_number, is_whole
 
 RANKINGS = ("global", "kind", "local")
 SHOWN = 5  # names in a refusal
@@ -81,27 +82,31 @@ class ChannelPruning(Method):
     head_dims: bool | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
+        if not is_number(self.keep) or not 0 < self.keep <= 1:
             raise InputError(
-                f"keep={self.keep}: a share in (0, 1] is needed, 0.5 for half the cost"
+                f"keep={self.keep!r}: a share in (0, 1] is needed, 0.5 for half the cost"
             )
         if self.of not in (*COSTS, "channels"):
             raise InputError(f"of={self.of!r}: one of {', '.join(COSTS)} or channels is needed")
-        if self.at_most is not None and (self.of == "channels" or not self.at_most > 0):
+        if self.at_most is not None and (
+            self.of == "channels" or not is_number(self.at_most) or not self.at_most > 0
+        ):
             raise InputError(
-                f"at_most={self.at_most}: a positive number of {', '.join(COSTS)} is needed"
+                f"at_most={self.at_most!r}: a positive number of {', '.join(COSTS)} is needed"
             )
-        if self.threshold is not None and not isfinite(self.threshold):
-            raise InputError(f"threshold={self.threshold}: a finite number is needed")
+        if self.threshold is not None and not (
+            is_number(self.threshold) and isfinite(self.threshold)
+        ):
+            raise InputError(f"threshold={self.threshold!r}: a finite number is needed")
         if self.ranking not in RANKINGS:
             raise InputError(f"ranking={self.ranking!r}: one of {', '.join(RANKINGS)} is needed")
-        if self.round_to < 1 or not 0 <= self.min_keep <= 1:
-            raise InputError(
-                f"round_to={self.round_to} must be at least 1 and min_keep={self.min_keep} in [0, 1]"
-            )
+        if not is_whole(self.round_to) or self.round_to < 1:
+            raise InputError(f"round_to={self.round_to!r}: a whole number, at least 1, is needed")
+        if not is_number(self.min_keep) or not 0 <= self.min_keep <= 1:
+            raise InputError(f"min_keep={self.min_keep!r}: a share in [0, 1] is needed")
         for pattern, share in self.rates:
-            if not 0 < share <= 1:
-                raise InputError(f"rates: {pattern} {share}: a share in (0, 1] is needed")
+            if not is_number(share) or not 0 < share <= 1:
+                raise InputError(f"rates: {pattern} {share!r}: a share in (0, 1] is needed")
 
     def plan(self, network: Network, statistics: Statistics | None = None) -> Plan:
         """One slice for each group that loses channels.

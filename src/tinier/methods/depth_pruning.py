@@ -14,6 +14,7 @@ from tinier.graph.groups import channel_groups
 from tinier.methods.base import Method, covers, must_exist
 from tinier.network import Network
 from tinier.statistics import Statistics
+from tinier.units import is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class DepthPruning(Method):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.keep <= 1:
-            raise InputError(f"keep={self.keep}: a share of the blocks in [0, 1] is needed")
-        if self.count is not None and self.count < 0:
-            raise InputError(f"count={self.count}: a number of blocks is needed")
+        if not is_number(self.keep) or not 0 <= self.keep <= 1:
+            raise InputError(f"keep={self.keep!r}: a share of the blocks in [0, 1] is needed")
+        if self.count is not None and (not is_whole(self.count) or self.count < 0):
+            raise InputError(f"count={self.count!r}: a whole number of blocks is needed")
 
     def plan(self, network: Network, statistics: Statistics | None = None) -> Plan:
         """One drop for each block that leaves.

@@ -27,6 +27,7 @@ from tinier.tensors.masks import (
     n_of_m,
     of_blocks,
 )
+from tinier.units import is_number
 
 RANKINGS = ("local", "global", "kind", "row")
 SMALL = (2, 4, 8, 16)  # neighbourhoods that a refusal offers
@@ -66,12 +67,14 @@ class WeightPruning(Method):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
+        if not is_number(self.keep) or not 0 < self.keep <= 1:
             raise InputError(
-                f"keep={self.keep}: a share in (0, 1] is needed, 0.5 for half the weights"
+                f"keep={self.keep!r}: a share in (0, 1] is needed, 0.5 for half the weights"
             )
-        if not 0 <= self.min_keep <= 1:
-            raise InputError(f"min_keep={self.min_keep}: a share in [0, 1] is needed")
+        if not is_number(self.min_keep) or not 0 <= self.min_keep <= 1:
+            raise InputError(f"min_keep={self.min_keep!r}: a share in [0, 1] is needed")
+        if self.threshold is not None and not is_number(self.threshold):
+            raise InputError(f"threshold={self.threshold!r}: a number is needed")
         if self.ranking not in RANKINGS:
             raise InputError(f"ranking={self.ranking!r}: {', '.join(RANKINGS)} are known")
         shape = self._shape()

@@ -13,6 +13,7 @@ from tinier.errors import InputError, RefusedError
 from tinier.network import Network
 from tinier.recovery.base import Penalty, Pull, StepSize
 from tinier.recovery.pulls import Members, checked, members
+from tinier.units import is_number
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Growing(Penalty):
 
     def __post_init__(self) -> None:
         checked(self.name, most=self.most)
-        if not 0 < self.ramp <= 1:
-            raise InputError(f"growing: ramp is {self.ramp}; a part in (0, 1] is needed")
+        if not is_number(self.ramp) or not 0 < self.ramp <= 1:
+            raise InputError(f"growing: ramp is {self.ramp!r}; a part in (0, 1] is needed")
 
     def on(self, network: Network, parameters: Mapping[str, nn.Parameter]) -> Pull:
         """See ``Penalty.on``."""

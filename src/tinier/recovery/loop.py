@@ -19,6 +19,7 @@ from tinier.recovery.base import Loss, Penalty
 from tinier.recovery.output_mse import OutputMSE
 from tinier.recovery.pulls import step_size
 from tinier.recovery.soft_targets import SoftTargets
+from tinier.units import is_number
 
 Inputs = dict[str, Tensor]
 Augment = Callable[[Inputs, torch.Generator], Inputs]
@@ -324,8 +325,8 @@ def _check(
         raise InputError("recovery needs an end: give seconds, epochs or both")
     numbers = {"seconds": seconds, "epochs": epochs, "batch": batch, "lr": lr}
     for name, value in numbers.items():
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"recovery: {name} is {value}; it must be above 0 and finite")
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
+            raise InputError(f"recovery: {name} is {value!r}; it must be above 0 and finite")
     if not losses:
         raise InputError("recovery needs a loss, such as SoftTargets()")
     if not len(train):

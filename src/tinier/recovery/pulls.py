@@ -11,6 +11,7 @@ from tinier.graph.weights import weights
 from tinier.network import Network
 from tinier.recovery.base import Pull, StepSize
 from tinier.tensors.proximal import group_factor, soft_threshold
+from tinier.units import is_number
 
 # Groups whose channels a norm runs over change everything when one leaves; they are left alone, as in channel pruning.
 LEFT_ALONE = ("normalised", "head_dim")
@@ -203,8 +204,8 @@ def weights_of(network: Network, parameters: Mapping[str, nn.Parameter]) -> list
 def checked(name: str, **values: float) -> None:
     """Raise InputError for a strength below 0 or not finite."""
     for key, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise InputError(f"{name}: {key} is {value}; it must be 0 or more and finite")
+        if not is_number(value) or not 0 <= value < float("inf"):
+            raise InputError(f"{name}: {key} is {value!r}; it must be 0 or more and finite")
 
 
 def step_size(optimizer: torch.optim.Optimizer) -> StepSize:

@@ -12,6 +12,7 @@ from tinier.errors import InputError
 from tinier.network import Network
 from tinier.recovery.base import Penalty, Pull, StepSize
 from tinier.recovery.pulls import Members, members
+from tinier.units import is_number
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class SoftFilter(Penalty):
     progressive: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise InputError(f"soft_filter: keep is {self.keep}; a share in (0, 1] is needed")
+        if not is_number(self.keep) or not 0 < self.keep <= 1:
+            raise InputError(f"soft_filter: keep is {self.keep!r}; a share in (0, 1] is needed")
 
     def on(self, network: Network, parameters: Mapping[str, nn.Parameter]) -> Pull:
         """See ``Penalty.on``."""

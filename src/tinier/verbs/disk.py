@@ -16,7 +16,7 @@ from tinier.errors import InputError, OutputError
 from tinier.graph import archive
 from tinier.modules.keras import KerasModule
 from tinier.modules.masked import masks_of
-from tinier.network import Example
+from tinier.network import Example, Network
 from tinier.output import check_output, whole
 from tinier.report.folder import COMPANIONS, PLAN, WEIGHTS, save_weights
 from tinier.sources.keras import write_keras
@@ -26,21 +26,30 @@ from tinier.verbs.smaller import Smaller, network_of
 OURS = {PLAN, WEIGHTS, *COMPANIONS, "model.onnx", "model.pt2", "model.keras", "README.md"}
 
 
-def save(smaller: Smaller, folder: str | Path) -> None:
+def save(smaller: Smaller | Network, folder: str | Path) -> None:
     """Write float weights (safetensors) and plan (JSON), from which ``load`` rebuilds the network. No class is pickled.
 
     A model of transformers that its config alone describes comes with its config and tokenizer: ``from_pretrained`` loads the folder
     without tinier.
 
     Args:
-        smaller: what another step gave.
+        smaller: what another step gave, or a network.
         folder: to make; or a file that needs no class: ``….pt2``, the traced graph with its weights, or ``….keras`` for Keras models.
 
     Raises:
         OutputError: the folder exists and was not made by tinier, or cannot be written.
-        InputError: a ``.keras`` file of what is no Keras model.
+        InputError: a ``.keras`` file of what is no Keras model; or something else than a step gives.
+        RefusedError: the weights are on the meta device.
     """
+    if isinstance(smaller, Network):
+        smaller = Smaller(smaller, smaller, Plan())
+    if not isinstance(smaller, Smaller):
+        raise InputError(
+            f"save: a {type(smaller).__name__}; give what prune, shrink or another step gave, which has the plan; "
+            "a module alone is saved by torch.save(model.state_dict(), …)"
+        )
     network = smaller.trainable or smaller.network
+    network.need_values("save")
     if str(folder).endswith((".pt2", ".keras")):
         file = Path(folder)
         if not file.absolute().parent.is_dir():

@@ -98,11 +98,11 @@ def prune(
     Cost:
         A trace, a plan, a proof, and with data a pass for the criterion and two for the compensation.
     """
+    check_numbers(steps, epochs, depth, threads, seed, schedule)
     if compensate and data is None:
         raise InputError("compensate: data is needed: a few hundred examples of real inputs")
     if epochs and data is None:
         raise InputError("epochs: data is needed to train on")
-    check_numbers(steps, epochs, depth, threads, seed, schedule)
     given = {"keep": keep, "at_most": at_most, "max_latency": max_latency, "threshold": threshold, "target": target,
              "threads": threads, "ranking": ranking, "round_to": round_to, "schedule": schedule, "pattern": pattern}  # fmt: skip
     check_together(
@@ -114,6 +114,8 @@ def prune(
     limit = None if max_latency is None else parse_milliseconds(max_latency)
     # Unknown names are refused before any work.
     runtime = targets_for(target or "onnxruntime")[0] if target or limit is not None else None
+    if rates is not None and not isinstance(rates, Mapping):
+        raise InputError(f"rates={rates!r}: a dict of group names or patterns and shares is needed")
     stay = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     network = network_of(model, example, data)
     if pattern is not None:
