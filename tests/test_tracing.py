@@ -654,3 +654,26 @@ def test_widths_and_lengths_that_shrink_by_steps_stay_fixed() -> None:
         (node,) = traced.module.graph.find_nodes(op="placeholder")
         assert tuple(node.meta["val"].shape[1:]) == shape[1:]
         assert traced.batched
+
+
+class ByDevice(Base):
+    """Another way on another device, as experts of transformers count their tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y.relu() if y.device.type == "cpu" and not y.is_meta else y.sigmoid()
+        return self.b(y) + torch.arange(4, device=x.device)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_branches_on_the_device_are_those_of_the_network(batch: int) -> None:
+    torch.manual_seed(0)
+    module = ByDevice().eval()
+    traced = network(module, batch).traced
+    assert not traced.by_export and traced.batched == (batch > 1)
+    x = torch.randn(batch, 6)
+    torch.testing.assert_close(traced.module(x=x)[0], module(x))
+    assert any(
+        isinstance(n.meta.get("val"), Tensor) and n.meta["val"].device.type == "cpu"
+        for n in traced.module.graph.nodes
+    )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules import module as hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tinier.graph.shapes import META, QUICK
@@ -63,16 +64,36 @@ class Recording:
     outputs: list[Ref] = field(default_factory=list)
 
 
+class _Devices(TorchFunctionMode):
+    """Tensors without values say that they are where the network is: models ask, and take other ways on other devices."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.answers = {
+            Tensor.device.__get__: device,  # type: ignore[attr-defined]
+            Tensor.is_cpu.__get__: device.type == "cpu",  # type: ignore[attr-defined]
+            Tensor.is_cuda.__get__: device.type == "cuda",  # type: ignore[attr-defined]
+            Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.answers and args[0].is_meta:
+            return self.answers[func]
+        return func(*args, **(kwargs or {}))
+
+
 class _Recorder(ProxyTorchDispatchMode):
     """Writes every operator down. (Modes above autograd must be of this class; nothing of it is used.)"""
 
-    def __init__(self, known: Mapping[int, tuple[Tensor, str]]) -> None:
+    def __init__(self, known: Mapping[int, tuple[Tensor, str]], device: torch.device) -> None:
         super().__init__(None, "real", pre_dispatch=True)  # type: ignore[arg-type]
-        self.record = Recording()
+        self.record, self.device = Recording(), device
         self.known = known  # id of a tensor → its stand-in on the meta device and its name
         self.refs: dict[int, Ref] = {id(t): Ref(-1, name) for t, name in known.values()}
         self.stores = {t.untyped_storage()._cdata for t, _ in known.values()}
-        self.made: dict[int, Ref] = {}  # storage → the step that made it of nothing
+        self.made: dict[tuple[Any, ...], Ref] = {}  # the memory that a tensor shows → its step
         self.alive: list[Any] = []  # so that no id is given twice
         self.stack: list[tuple[str, tuple[str, str]]] = []
 
@@ -84,7 +105,8 @@ class _Recorder(ProxyTorchDispatchMode):
         kwargs = kwargs or {}
         used: list[Tensor] = []
         new_args, new_kwargs = self._noted(args, used), self._noted(kwargs, used)
-        if any(tensor.is_meta or id(tensor) in self.known for tensor in used):
+        # With no tensor at all it makes one of nothing, there where the network is.
+        if not used or any(tensor.is_meta or id(tensor) in self.known for tensor in used):
             args, kwargs = self._on_meta(args), self._on_meta(kwargs)
         if func._schema.is_mutable:
             for argument, value in zip(func._schema.arguments, args, strict=False):
@@ -103,9 +125,8 @@ class _Recorder(ProxyTorchDispatchMode):
                 if isinstance(item, Tensor):
                     self.refs[id(item)] = Ref(step, index)
                     self.alive.append(item)
-                    if not used:  # torch.arange returns another tensor with the same storage
-                        self.made[item.untyped_storage()._cdata] = self.refs[id(item)]
                     shapes.append(shape_of(item))
+                    self.made[_memory(item)] = self.refs[id(item)]
                 else:
                     shapes.append(None)
             found = Step(func, new_args, new_kwargs, shapes, several, tuple(self.stack))
@@ -121,11 +142,9 @@ class _Recorder(ProxyTorchDispatchMode):
             return found
         if id(tensor) in self.known:
             return Ref(-1, self.known[id(tensor)][1])
-        made = self.made.get(tensor.untyped_storage()._cdata)
+        # Some operators, torch.arange and zeros_like among them, hand out another tensor with the same memory.
+        made = self.made.get(_memory(tensor))
         if made is not None:
-            shape = self.record.steps[made.step].results[0]
-            if shape != shape_of(tensor):
-                raise Unclear("a view that no operator shows")
             self.refs[id(tensor)] = made
             self.alive.append(tensor)
             return made
@@ -146,7 +165,7 @@ class _Recorder(ProxyTorchDispatchMode):
             return type(value)([self._noted(item, used) for item in value])
         if isinstance(value, dict):
             return {key: self._noted(item, used) for key, item in value.items()}
-        return value
+        return META if isinstance(value, torch.device) and value == self.device else value
 
     def _on_meta(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -157,6 +176,8 @@ class _Recorder(ProxyTorchDispatchMode):
             stand_in = value.to(META)
             self.alive.append(stand_in)
             return stand_in
+        if isinstance(value, torch.device) and value == self.device:
+            return META
         if isinstance(value, list | tuple):
             return type(value)([self._on_meta(item) for item in value])
         if isinstance(value, dict):
@@ -169,6 +190,10 @@ class _Recorder(ProxyTorchDispatchMode):
                 id(tensor) in self.known or tensor.untyped_storage()._cdata in self.stores
             ):
                 raise Unclear("it writes to its inputs, buffers or constants")
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), shape_of(tensor)
 
 
 def shape_of(tensor: Tensor) -> Shape:
@@ -265,14 +290,14 @@ class Runner:
             raise Unclear("tensors on several devices")
         self.device = META if META in devices else next(iter(devices))
 
-    def __call__(self, moved: Mapping[tuple[str, int], int]) -> Recording:
-        """One run, with some sizes of the inputs changed."""
+    def __call__(self, moved: Mapping[tuple[str, int], int], located: bool = False) -> Recording:
+        """One run, with some sizes of the inputs changed; ``located`` if tensors say that they are on the network's device."""
         known, inputs = dict(self.known), {}
         for name, tensor in self.example.items():
             size = [moved.get((name, dim), length) for dim, length in enumerate(tensor.shape)]
             inputs[name] = torch.empty(size, dtype=tensor.dtype, device=META)
             known[id(inputs[name])] = inputs[name], name
-        recorder = _Recorder(known)
+        recorder = _Recorder(known, self.device)
         with (
             torch.random.fork_rng(devices=[]),
             torch.no_grad(),
@@ -282,6 +307,7 @@ class Runner:
             nullcontext() if moved else _stacked(self.module, recorder.stack),
             enable_python_dispatcher(),
             recorder,
+            _Devices(self.device) if located and self.device != META else nullcontext(),
         ):
             result = self.module(**inputs)
         record = recorder.record
