@@ -216,7 +216,17 @@ def _head_dim(node: fx.Node) -> int:
 
 
 def _assign(target: Any, values: Mapping[str, tuple[int, int]]) -> None:
-    for name, (old, new) in values.items():
-        value = getattr(target, name, None)
-        if type(value) is int and value == old:
-            setattr(target, name, new)
+    """Change the numbers of a module, and those of its config, of which it gets a copy of its own: other layers share it."""
+    wrong = _stale(target, values)
+    for name in wrong:
+        setattr(target, name, values[name][1])
+    config = getattr(target, "config", None)
+    if hasattr(config, "to_dict") and (wrong := _stale(config, values)):
+        target.config = copy.copy(config)
+        for name in wrong:
+            setattr(target.config, name, values[name][1])
+
+
+def _stale(target: Any, values: Mapping[str, tuple[int, int]]) -> list[str]:
+    found = {name: getattr(target, name, None) for name in values}
+    return [n for n, v in found.items() if type(v) is int and v == values[n][0] != values[n][1]]
