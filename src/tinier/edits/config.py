@@ -93,7 +93,7 @@ def _set_part(config: Any, channels: Channels, run: Rewriter) -> None:
             for kind in kinds if type(old) is int else ():
                 new = new or by_kind.get((kind, old), set())
             if len(new) == 1 and new != {old}:
-                setattr(config, name, new.pop())
+                setattr(config, name, next(iter(new)))
     new_width = first_number(config, WIDTH)
     for which, names in ((0, QUERY_HEADS), (1, KEY_HEADS)):
         left = _heads(channels, run, which)
@@ -108,7 +108,7 @@ def _set_part(config: Any, channels: Channels, run: Rewriter) -> None:
                 and new_width * old_heads == width * min(new, default=0)
             )
             if len(new) == 1 and (named or alike or which):
-                setattr(config, name, new.pop())
+                setattr(config, name, next(iter(new)))
 
 
 def _heads(channels: Channels, run: Rewriter, which: int) -> Mapping[int, set[int]]:
