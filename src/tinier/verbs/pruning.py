@@ -11,7 +11,7 @@ from tinier.criteria.choose import as_criterion
 from tinier.criteria.reconstruction import Reconstruction
 from tinier.data.base import Examples
 from tinier.edits.base import Plan
-from tinier.edits.config import standard
+from tinier.edits.config import not_standard
 from tinier.edits.follow import follow
 from tinier.errors import InputError
 from tinier.graph.groups import channel_groups
@@ -172,7 +172,9 @@ def prune(
         current = following
     if steps > 1:
         notes.append(f"cut in {steps} rounds")
-    return _done(model, current, network, dropped + slices, notes, examples, compensate, epochs)
+    return _done(
+        model, current, network, dropped + slices, notes, examples, compensate, epochs, uniform
+    )
 
 
 def _check_together(
@@ -230,7 +232,9 @@ def _within(
     if examples is not None and compensate is not False:
         pruned = fit_again(pruned, network, found.plan, batches_of(examples, network))
     note = f"{target}: {found.latency:.3g} ms at batch 1, the original {found.original:.3g} ms in the same rounds"
-    return _done(model, pruned, network, found.plan, [note], examples, compensate, 0.0)
+    return _done(
+        model, pruned, network, found.plan, [note], examples, compensate, 0.0, method.uniform
+    )
 
 
 def _done(
@@ -242,14 +246,18 @@ def _done(
     examples: Examples | None,
     compensate: bool | None,
     epochs: float,
+    uniform: bool,
 ) -> Smaller:
     notes = [*pruned.notes, *notes]
     if examples is not None and compensate is not False:
         notes.append(f"compensated on {len(examples)} examples")
     if epochs:
         notes.append(f"trained towards the original for {epochs:g} epochs a round")
-    if standard(pruned.module, pruned.example):
+    why = not_standard(pruned.module, pruned.example)
+    if not why:
         notes.append("standard checkpoint: from_pretrained loads it without tinier")
+    elif uniform and hasattr(original.module, "save_pretrained"):
+        notes.append(f"no standard checkpoint, from_pretrained alone cannot load it: {why}")
     original, plan = since(model, original, plan)
     return Smaller(pruned, original, plan, notes=tuple(dict.fromkeys(notes)))
 
