@@ -115,6 +115,27 @@ def test_what_is_left_is_a_standard_checkpoint(name: str) -> None:
     assert any("standard checkpoint: from_pretrained" in note for note in pruned.notes)
 
 
+@pytest.mark.parametrize("name", ["bert", "distilbert", "vit"])
+def test_coarse_widths_come_near_what_was_asked_for(name: str) -> None:
+    more: dict[str, Any] = {"intermediate_size": 64}
+    if name == "vit":
+        config: Any = transformers.ViTConfig(**PICTURES | more)
+        model, example = transformers.ViTForImageClassification(config), images()
+    elif name == "bert":
+        model = transformers.BertForSequenceClassification(
+            transformers.BertConfig(**ENCODER | more)
+        )
+        example = ids()
+    else:
+        config = transformers.DistilBertConfig(
+            vocab_size=100, dim=32, hidden_dim=64, n_layers=2, n_heads=4
+        )
+        model, example = transformers.DistilBertForSequenceClassification(config), ids()
+    pruned = prune(model.eval(), example, keep=0.5, uniform=True)
+    assert 0.46 <= macs(pruned.network) / macs(pruned.original) <= 0.5
+    assert standard(pruned.model, example)
+
+
 def test_what_is_not_standard_says_what_the_config_cannot() -> None:
     config = transformers.MobileNetV2Config(depth_multiplier=0.35, image_size=32)
     model = transformers.MobileNetV2ForImageClassification(config).eval()

@@ -12,6 +12,7 @@ from tinier.graph.groups import Group
 from tinier.graph.macs import Cost
 
 NEAR = 0.95  # of the budget; widths are rounded less where less of it is used
+COARSE = 8  # so many knobs are tried one notch wider
 WIDTHS = 4  # a knob has at least this many widths to choose from, rounded less where it is narrow
 
 
@@ -97,12 +98,27 @@ def allocate(
         Atom → width; None if even the floors cost more.
 
     Cost:
-        Some twenty evaluations of the cost.
+        Some twenty evaluations of the cost; nine times as many where widths are so coarse that much of the budget is left.
     """
     counts = _search(knobs, cost, budget, rounding) if knobs else None
     if counts is None:
         return None
-    return _widths(knobs, counts)
+    widths = _widths(knobs, counts)
+    spent = cost.at(widths)
+    if spent >= NEAR * budget:
+        return widths
+    # A coarse knob may leave much of the budget: one notch more of it, and less of the others, may be nearer.
+    notches = [knob.up(count, knob.grain) for knob, count in zip(knobs, counts, strict=True)]
+    prices = [cost.at(widths | k.at(n)) - spent for k, n in zip(knobs, notches, strict=True)]
+    coarse = [i for i in range(len(knobs)) if spent + prices[i] > budget]
+    for index in sorted(coarse, key=lambda i: -prices[i])[:COARSE]:
+        others = [knob for place, knob in enumerate(knobs) if place != index]
+        wider = knobs[index].at(notches[index])
+        around = Cost(cost.terms, cost.settled | wider)
+        found = _search(others, around, budget, rounding) if others else None
+        if found is not None and cost.at(trial := wider | _widths(others, found)) > cost.at(widths):
+            widths = trial
+    return widths
 
 
 def _search(knobs: Sequence[Knob], cost: Cost, budget: float, rounding: int) -> list[int] | None:
