@@ -76,9 +76,9 @@ def set_config(module: nn.Module, channels: Channels, run: Rewriter, says: Gover
     if config is None or not hasattr(config, "to_dict"):
         return False
     before = config.to_dict()
-    width = first_number(config, WIDTH)
+    widths = [first_number(part, WIDTH) for part in parts(config)]
     _set_widths(config, channels, run, says)
-    for part in parts(config):
+    for part, width in zip(parts(config), widths, strict=True):
         _set_part(part, channels, run, width)
     return bool(config.to_dict() != before)
 

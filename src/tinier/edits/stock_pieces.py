@@ -130,27 +130,29 @@ def mend(
                     module.set_submodule(path, part)
                     changed = True
                     break
-    _without_cache(module)
+    _without_shortcuts(module)
     return changed
 
 
 def _narrow(layer: nn.Module, old: nn.Module, sizes: set[Size]) -> Iterator[NarrowAttention]:
     """Torch's attention with fewer or narrower heads, which takes any mask."""
-    if not isinstance(layer, nn.MultiheadAttention) or not isinstance(old, nn.MultiheadAttention):
-        return
+    if type(layer) is not nn.MultiheadAttention or not isinstance(old, nn.MultiheadAttention):
+        return  # others may do more in their forward, or compute their weights
     if layer.bias_k is None and not layer.add_zero_attn:
         for heads in sorted({old.num_heads, *(s.new for s in sizes if s.old == old.num_heads)}):
             yield NarrowAttention(layer, heads, old.head_dim**-0.5)
 
 
-def _without_cache(module: nn.Module) -> None:
-    """Models of transformers that hold a piece keep no keys and values from step to step, unless they are told to."""
-    if any(isinstance(part, Piece) for part in module.modules()):
-        for part in module.modules():
-            for name in ("config", "generation_config"):
-                config: Any = getattr(part, name, None)
-                if hasattr(config, "to_dict") and getattr(config, "use_cache", None):
-                    config.use_cache = False
+def _without_shortcuts(module: nn.Module) -> None:
+    """Models of transformers that hold a piece keep no keys and values from step to step; torch's encoders give no nested tensors."""
+    for part in module.modules():
+        inside = {type(inner) for inner in part.modules()}
+        for name in ("config", "generation_config") if Piece in inside else ():
+            config: Any = getattr(part, name, None)
+            if hasattr(config, "to_dict") and getattr(config, "use_cache", None):
+                config.use_cache = False
+        if isinstance(part, nn.TransformerEncoder) and inside & {Piece, NarrowAttention}:
+            part.use_nested_tensor = False
 
 
 def _is_plain(part: nn.Module) -> bool:

@@ -239,11 +239,15 @@ def replaced(module: nn.Module) -> tuple[str, ...]:
             f"the class is kept, but for {_first(pieces)}: its forward cannot take the smaller weights; its traced graph stands there, "
             "in evaluation mode but for layers of dropout, and refuses masks, caches and other arguments that the example did not have"
         )
-    narrow = [(p, "attention") for p, m in module.named_modules() if isinstance(m, NarrowAttention)]
+    narrow = [
+        (p, "MultiheadAttention")
+        for p, m in module.named_modules()
+        if isinstance(m, NarrowAttention)
+    ]
     if narrow:
         result.append(
-            f"MultiheadAttention needs heads as wide together as its input: NarrowAttention stands for {_first(narrow)}, with the same "
-            "parameters, masks and dropout"
+            f"NarrowAttention stands for {_first(narrow)}, which needs heads that together are as wide as its input; parameters, masks and "
+            "dropout are the same"
         )
     return tuple(result)
 
