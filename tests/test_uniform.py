@@ -42,7 +42,7 @@ TWO: dict[str, Any] = {
     "vocab_size": 100, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
-# Class, config, example, numbers, and the share that is kept: 0.8 where what the network returns pins its width.
+# Class, config, example, numbers, and the share that is kept: more where what the network returns, or groups of one width, pin the widths.
 ARCHITECTURES: dict[str, tuple[str, str, Callable[[], dict[str, Any]], dict[str, Any], float]] = {
     "opt": ("OPTForCausalLM", "OPTConfig", ids, CAUSAL | {"ffn_dim": 64, "word_embed_proj_dim": 32}, 0.5),
     "heads without a number": ("Phi3ForCausalLM", "Phi3Config", ids, LLM, 0.5),
@@ -59,6 +59,10 @@ ARCHITECTURES: dict[str, tuple[str, str, Callable[[], dict[str, Any]], dict[str,
     "two numbers of one width": (
         "ResNetForImageClassification", "ResNetConfig", images,
         {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}, 0.5,
+    ),
+    "stages of their own": (
+        "RegNetForImageClassification", "RegNetConfig", images,
+        {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "groups_width": 8}, 0.7,
     ),
     "expanded": (
         "MambaForCausalLM", "MambaConfig", ids,

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tinier.edits.config_numbers import Dim, Governed, governed
 from tinier.edits.rewrite import Rewriter
@@ -178,6 +178,8 @@ def not_standard(module: nn.Module, example: Mapping[str, Tensor]) -> str:
         A second model, and a run of both; shapes alone on the meta device.
     """
     config: Any = getattr(module, "config", None)
+    if isinstance(module, fx.GraphModule):
+        return "its class is not kept, what is left is the traced graph"
     if config is None or not hasattr(module, "save_pretrained"):
         return "its class has no config of transformers"
     state = module.state_dict()

@@ -1,7 +1,6 @@
 """The user's own class with smaller parameters: tensors are cut and the attributes that hold sizes put right."""
 
 import copy
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -67,7 +66,7 @@ def stock_modules(
         return
     run = Rewriter(channels, kept)
     along, made = kept_along(channels, kept), {} if made is None else made
-    says = config_says(module) if _alike(channels, run) else Governed({}, {})
+    says = config_says(module)
     _cut_unused(module, channels, says, along)
     follows = _follows(module, channels, run, says)
     # By names that the field knows, then by the sizes that operators work with.
@@ -100,15 +99,6 @@ def stock_modules(
             mended = False
         if mended:
             yield candidate
-
-
-def _alike(channels: Channels, run: Rewriter) -> bool:
-    """Whether groups that play the same part in every layer have the same width, without which no config can follow the cut."""
-    widths: dict[tuple[str, int], set[int]] = {}
-    for group in channels.groups:
-        part = re.sub(r"\d+", "*", group.name)
-        widths.setdefault((part, group.size), set()).add(run.size(group.atom))
-    return all(len(found) == 1 for found in widths.values())
 
 
 def _cut_unused(

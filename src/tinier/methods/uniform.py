@@ -160,8 +160,9 @@ def _moved(dims: frozenset[Dim], plain: list[Group], channels: Channels) -> list
         for dim, axis in enumerate(found)
         if (name, dim) in dims
     ]
-    # Of groups that multiply in one dimension the widest shrinks alone.
+    # Of groups that multiply in one dimension the widest shrinks alone; what also stands where no number reaches stays.
     moved = list[Group]()
+    plain = [group for group in plain if _dims(group) <= dims]
     for group in sorted((*heads, *plain), key=lambda g: (g.kind != "head", -g.size)):
         theirs = {other.atom for other in moved}
         if all(_halved(a, theirs | {group.atom}) >= Fraction(size(a), 2) for a in axes):
