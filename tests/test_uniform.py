@@ -201,3 +201,10 @@ def test_a_layer_that_stays_keeps_all_that_are_alike() -> None:
     bert = transformers.BertForSequenceClassification(config).eval()
     kept: Any = prune(bert, ids(), uniform=True, exclude=["bert.encoder.layer.0.intermediate"])
     assert standard(kept.model, ids()) and kept.model.config.intermediate_size == 64
+
+
+def test_the_users_random_numbers_are_left_where_they_were() -> None:
+    model, example, keep = build("heads without a number")
+    before = torch.get_rng_state()
+    prune(model, example, keep=keep, uniform=True)
+    assert torch.equal(before, torch.get_rng_state())

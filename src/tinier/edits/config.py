@@ -12,7 +12,7 @@ from tinier.edits.config_numbers import Dim, Governed, governed
 from tinier.edits.rewrite import Rewriter
 from tinier.graph.axes import Atom, Axis, Product, product, size
 from tinier.graph.groups import Channels
-from tinier.graph.states import evaluating, quiet
+from tinier.graph.states import evaluating, quiet, repeatable
 from tinier.graph.trace import call
 
 # The field's names for what a config holds; one config has one or two of each row.
@@ -188,7 +188,7 @@ def not_standard(module: nn.Module, example: Mapping[str, Tensor]) -> str:
         written = type(config).from_dict(copy.deepcopy(config.to_dict()))
         if callable(getattr(written, "validate", None)):
             written.validate()
-        with quiet(), torch.device("meta"):
+        with quiet(), repeatable(), torch.device("meta"):
             built = type(module)(written)
         made = built.state_dict()
         for name in (*state, *made):
@@ -197,7 +197,7 @@ def not_standard(module: nn.Module, example: Mapping[str, Tensor]) -> str:
                 return f"{name} is {found or 'missing'}, its config makes it {wanted or 'missing'}"
         if any(t.is_meta for t in (*state.values(), *example.values())):
             return ""
-        with quiet():
+        with quiet(), repeatable():
             built = type(module)(written).to(next(iter(state.values())).device)
         built.load_state_dict(state)
         with torch.no_grad(), evaluating(module), evaluating(built):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinier.graph.states import quiet
+from tinier.graph.states import quiet, repeatable
 
 Dim = tuple[str, int]  # name in a checkpoint, dimension
 
@@ -88,7 +88,8 @@ def governed(module: nn.Module, left_open: Mapping[str, int]) -> Governed:
         For each number that may be a width, the class built once without memory for its weights.
     """
     config: Any = getattr(module, "config", None)
-    before = None if not hasattr(config, "to_dict") else shapes(module, config.to_dict())
+    known = hasattr(config, "to_dict") and hasattr(module, "save_pretrained")
+    before = shapes(module, config.to_dict()) if known else None
     if before is None or before != {n: tuple(t.shape) for n, t in module.state_dict().items()}:
         return Governed({}, {})
     base, written = config.to_dict(), {}
@@ -121,7 +122,7 @@ def shapes(module: nn.Module, written: dict[str, Any]) -> dict[str, tuple[int, .
     """Name → shape of what a checkpoint holds, in the class built from what a config writes; None if it cannot be."""
     config: Any = module.config
     try:
-        with quiet(), torch.device("meta"):
+        with quiet(), repeatable(), torch.device("meta"):
             built = type(module)(type(config).from_dict(copy.deepcopy(written)))  # type: ignore[call-arg]
     except Exception:  # the class's own checks of sizes that do not go together
         return None
