@@ -74,7 +74,8 @@ def prune(
             reconstruction with data and L2 magnitude without.
         ranking: what channels are ranked against: "global" (all others), "kind" or "local"; for masks also "row". None for global, for
             masks local.
-        uniform: the same width in every layer, so that the result is a standard checkpoint.
+        uniform: the same width in every layer, so that the result is a standard checkpoint; a note says what its config cannot, if it is
+            none. What is excluded, or has a rate, decides for all layers that are alike.
         round_to: multiple that widths are rounded to.
         data: examples for criteria that need them and for compensation; labels are used by gradient criteria alone.
         compensate: fit the layers behind what was cut again; None for yes when there is data.
