@@ -124,9 +124,7 @@ class Block(nn.Module):
     @property
     def torch_attention(self) -> bool:
         """Whether it is called as torch's own is."""
-        return isinstance(self.attention, nn.MultiheadAttention | Piece) and hasattr(
-            self.attention, "in_proj_weight"
-        )
+        return hasattr(self.attention, "in_proj_weight")
 
 
 class Chunked(nn.Module):
@@ -217,7 +215,7 @@ def test_numbers_follow_their_tensors(
     [
         (lambda: Block(Attention(derived=True)), TOKENS, half, "Attention"),
         (lambda: Block(Attention(derived=True, write=True)), TOKENS, half, "Attention"),
-        (lambda: Block(nn.MultiheadAttention(WIDTH, 4, batch_first=True)), TOKENS, half, "MultiheadAttention"),
+        (lambda: Block(nn.MultiheadAttention(WIDTH, 4, batch_first=True, add_bias_kv=True)), TOKENS, half, "MultiheadAttention"),
         (Chunked, IMAGE, uneven, "Halves"),
     ],
     ids=["derived size", "written in place", "torch's attention", "uneven chunks"],

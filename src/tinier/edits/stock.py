@@ -6,7 +6,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tinier.edits.config import EXPERTS, KEY_HEADS, QUERY_HEADS, set_config, stored
+from tinier.edits.config import (
+    EXPERTS,
+    KEY_HEADS,
+    QUERY_HEADS,
+    config_says,
+    set_config,
+    stored,
+)
+from tinier.edits.config_numbers import Governed
 from tinier.edits.rewrite import Kept, Rewriter, cut_copy, kept_along
 from tinier.edits.stock_keras import keras_modules
 from tinier.edits.stock_pieces import Attributes, attributes, mend
@@ -58,18 +66,20 @@ def stock_modules(
         return
     run = Rewriter(channels, kept)
     along, made = kept_along(channels, kept), {} if made is None else made
-    says = _config_says(module, channels, run)
+    says = config_says(module)
+    _cut_unused(module, channels, says, along)
+    follows = _follows(module, channels, run, says)
     # By names that the field knows, then by the sizes that operators work with.
     tried: list[Attributes] = []
     for ambiguous, sizes in ((False, None), (True, None), (False, True), (False, False)):
         for config in (True, False):
-            if config and not says:
+            if config and not follows:
                 continue
             candidate = cut_copy(
                 module, along, made
             ).eval()  # in training, spectral norms change as they are looked at
             if config:
-                set_config(candidate, channels, run)
+                set_config(candidate, channels, run, says)
             _set_layers(candidate, run)
             if sizes is None:
                 _set_heads(candidate, channels, run, ambiguous)
@@ -91,11 +101,23 @@ def stock_modules(
             yield candidate
 
 
-def _config_says(module: nn.Module, channels: Channels, run: Rewriter) -> bool:
+def _cut_unused(
+    module: nn.Module, channels: Channels, says: Governed, along: dict[str, dict[int, Tensor]]
+) -> None:
+    """Parameters that the graph does not use, as tokens of masks, are cut as those that have the same number in the config."""
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    for dims in says.dims.values():
+        stays = {shapes[n][d]: along[n][d] for n, d in dims if d in along.get(n, {})}
+        for name, dim in dims:
+            if name not in channels.parameters and shapes[name][dim] in stays:
+                along.setdefault(name, {})[dim] = stays[shapes[name][dim]]
+
+
+def _follows(module: nn.Module, channels: Channels, run: Rewriter, says: Governed) -> bool:
     """Whether the config can follow the cut."""
     probe: Any = nn.Module()
     probe.config = copy.deepcopy(getattr(module, "config", None))
-    return set_config(probe, channels, run)
+    return set_config(probe, channels, run, says)
 
 
 def _set_layers(module: nn.Module, run: Rewriter) -> None:
@@ -216,7 +238,17 @@ def _head_dim(node: fx.Node) -> int:
 
 
 def _assign(target: Any, values: Mapping[str, tuple[int, int]]) -> None:
-    for name, (old, new) in values.items():
-        value = getattr(target, name, None)
-        if type(value) is int and value == old:
-            setattr(target, name, new)
+    """Change the numbers of a module, and those of its config, of which it gets a copy of its own: other layers share it."""
+    wrong = _stale(target, values)
+    for name in wrong:
+        setattr(target, name, values[name][1])
+    config = getattr(target, "config", None)
+    if hasattr(config, "to_dict") and (wrong := _stale(config, values)):
+        target.config = copy.copy(config)
+        for name in wrong:
+            setattr(target.config, name, values[name][1])
+
+
+def _stale(target: Any, values: Mapping[str, tuple[int, int]]) -> list[str]:
+    found = {name: getattr(target, name, None) for name in values}
+    return [n for n, v in found.items() if type(v) is int and v == values[n][0] != values[n][1]]

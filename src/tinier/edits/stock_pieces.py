@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from tinier.edits.rewrite import REWRITES, Rewriter
-from tinier.edits.stock_sizes import choices, sizes_of_modules
+from tinier.edits.stock_sizes import Size, choices, sizes_of_modules
 from tinier.graph.macs import module_path
 from tinier.graph.rules import operator_name
 from tinier.graph.states import evaluating, repeatable
 from tinier.graph.trace import Traced, isolated
-from tinier.modules.piece import Piece
+from tinier.modules.attention import NarrowAttention
+from tinier.modules.piece import Form, Piece
 
 MOST, FEW = 128, 16  # choices of numbers that are tried for one module, and for the whole network
 SAME = 1e-6  # relative to the largest value
@@ -23,12 +25,13 @@ Attributes = Mapping[str, Mapping[str, Any]]  # path of a module → name → nu
 
 
 def attributes(module: nn.Module) -> Attributes:
-    """The numbers that modules keep, all that candidates differ in."""
+    """The numbers that modules keep, themselves or in a config of their own: all that candidates differ in."""
     return {
         path: {
             name: value
             for name, value in vars(layer).items()
-            if type(value) in (int, tuple, list) and not name.startswith("_")
+            if not name.startswith("_")
+            and (type(value) in (int, tuple, list) or (path and hasattr(value, "to_dict")))
         }
         for path, layer in module.named_modules()
     }
@@ -115,17 +118,47 @@ def mend(
             for p, part in inside.items():
                 vars(part).update(before[p])
         else:
-            piece = None
+            held = set(module.state_dict())
+            stand_ins: Iterator[nn.Module | None] = iter(())
             if path:
-                piece = _piece(path, layer, call, small, graph, set(module.state_dict()), run)
-            if piece is not None and _computes(piece, call, arguments, results):
-                module.set_submodule(path, piece)
-                changed = True
+                stand_ins = chain(
+                    _narrow(layer, old[path], sizes.get(path, set())),
+                    (_piece(path, layer, call, small, graph, held, run) for _ in range(1)),
+                )
+            for part in stand_ins:
+                if part is not None and _computes(part, call, arguments, results):
+                    module.set_submodule(path, part)
+                    changed = True
+                    break
+    _without_shortcuts(module)
     return changed
 
 
+def _narrow(layer: nn.Module, old: nn.Module, sizes: set[Size]) -> Iterator[NarrowAttention]:
+    """Torch's attention with fewer or narrower heads, which takes any mask."""
+    if type(layer) is not nn.MultiheadAttention or not isinstance(old, nn.MultiheadAttention):
+        return  # others may do more in their forward, or compute their weights
+    if layer.bias_k is None and not layer.add_zero_attn:
+        for heads in sorted({old.num_heads, *(s.new for s in sizes if s.old == old.num_heads)}):
+            yield NarrowAttention(layer, heads, old.head_dim**-0.5)
+
+
+def _without_shortcuts(module: nn.Module) -> None:
+    """Models of transformers that hold a piece keep no keys and values from step to step; torch's encoders give no nested tensors."""
+    for part in module.modules():
+        inside = {type(inner) for inner in part.modules()}
+        for name in ("config", "generation_config") if Piece in inside else ():
+            config: Any = getattr(part, name, None)
+            if hasattr(config, "to_dict") and getattr(config, "use_cache", None):
+                config.use_cache = False
+        if isinstance(part, nn.TransformerEncoder) and inside & {Piece, NarrowAttention}:
+            part.use_nested_tensor = False
+
+
 def _is_plain(part: nn.Module) -> bool:
-    return type(part).__module__.startswith("torch.nn.") or isinstance(part, Piece)
+    return type(part).__module__.startswith("torch.nn.") or isinstance(
+        part, Piece | NarrowAttention
+    )
 
 
 def _has(module: nn.Module, path: str) -> bool:
@@ -230,7 +263,9 @@ def _near(found: Tensor, wanted: Tensor) -> bool:
 def _computes(
     layer: nn.Module, call: Call, arguments: list[Any], results: Mapping[int, Tensor]
 ) -> bool:
-    given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    # One tensor given twice stays one.
+    clones = {id(a): a.clone() for a in arguments if isinstance(a, Tensor)}
+    given = [clones.get(id(a), a) for a in arguments]
     args, kwargs = pytree.tree_unflatten(given, call.arguments_spec)
     try:
         with evaluating(layer), torch.no_grad(), repeatable():
@@ -302,7 +337,8 @@ def _piece(
         (True, places[index]) if index in places else (False, leaf)
         for index, leaf in enumerate(call.results)
     ]
-    return Piece(layer, graph, constants, order, outputs, call.results_spec)
+    form = Form(layer, call.arguments, call.arguments_spec, call.results_spec)
+    return Piece(layer, path, graph, constants, order, outputs, form)
 
 
 def _length(

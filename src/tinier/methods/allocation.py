@@ -12,6 +12,7 @@ from tinier.graph.groups import Group
 from tinier.graph.macs import Cost
 
 NEAR = 0.95  # of the budget; widths are rounded less where less of it is used
+COARSE = 8  # so many knobs are tried one notch wider
 WIDTHS = 4  # a knob has at least this many widths to choose from, rounded less where it is narrow
 
 
@@ -24,12 +25,16 @@ class Knob:
         ranks: (size,) float64, descending: how soon the n-th best unit leaves.
         floor: the least count.
         divides: counts must divide this, as heads must a width; 0 for any count.
+        grain: counts are multiples of this, as kernels that multiply the weights of several experts at once need.
+        never: counts that are not possible.
     """
 
     groups: tuple[tuple[Group, int], ...]
     ranks: Tensor
     floor: int
     divides: int = 0
+    grain: int = 1
+    never: frozenset[int] = frozenset()
 
     @property
     def size(self) -> int:
@@ -40,22 +45,26 @@ class Knob:
         """The widths at a count."""
         return {group.atom: count * unit for group, unit in self.groups}
 
+    def possible(self, count: int) -> bool:
+        """Whether the groups may have this count."""
+        return count not in self.never and not (self.divides and self.divides % count)
+
     def down(self, count: int) -> int:
-        """The next count at or below this one that is possible."""
-        while self.divides and self.divides % count:
-            count -= 1
-        return count
+        """The next count at or below this one that is possible; the floor if none is."""
+        while count > self.floor and not self.possible(count):
+            count -= self.grain
+        return max(count, self.floor)
 
     def up(self, count: int, step: int) -> int:
         """The next wider count that is possible, about one step on."""
         wider = min(count + step, self.size)
-        while self.divides and wider < self.size and self.divides % wider:
-            wider += 1
+        while wider < self.size and not self.possible(wider):
+            wider = min(wider + self.grain, self.size)
         return wider
 
     def step(self, rounding: int) -> int:
         """By what the count changes so that the parameters' dimensions stay multiples of ``rounding``."""
-        step = 1
+        step = self.grain
         for group, unit in self.groups:
             inner = 0
             for slot in group.slots:
@@ -63,9 +72,13 @@ class Knob:
             wanted = rounding // gcd(rounding, inner * unit)
             step = step * wanted // gcd(step, wanted)
         # Narrow groups need some widths to choose from: 8 and 16 alone are too coarse for 16 channels.
-        while step > 1 and self.size < WIDTHS * step:
-            step //= 2
-        return max(step, 1)
+        while step > self.grain and self.size < WIDTHS * step:
+            step = self.finer(step)
+        return step
+
+    def finer(self, step: int) -> int:
+        """About half a step, as far as the grain allows."""
+        return max(step // 2 // self.grain, 1) * self.grain
 
 
 def allocate(
@@ -85,10 +98,30 @@ def allocate(
         Atom → width; None if even the floors cost more.
 
     Cost:
-        Some twenty evaluations of the cost.
+        Some twenty evaluations of the cost; nine times as many where widths are so coarse that much of the budget is left.
     """
-    if not knobs:
+    counts = _search(knobs, cost, budget, rounding) if knobs else None
+    if counts is None:
         return None
+    widths = _widths(knobs, counts)
+    spent = cost.at(widths)
+    if spent >= NEAR * budget:
+        return widths
+    # A coarse knob may leave much of the budget: one notch more of it, and less of the others, may be nearer.
+    notches = [knob.up(count, knob.grain) for knob, count in zip(knobs, counts, strict=True)]
+    prices = [cost.at(widths | k.at(n)) - spent for k, n in zip(knobs, notches, strict=True)]
+    coarse = [i for i in range(len(knobs)) if spent + prices[i] > budget]
+    for index in sorted(coarse, key=lambda i: -prices[i])[:COARSE]:
+        others = [knob for place, knob in enumerate(knobs) if place != index]
+        wider = knobs[index].at(notches[index])
+        around = Cost(cost.terms, cost.settled | wider)
+        found = _search(others, around, budget, rounding) if others else None
+        if found is not None and cost.at(trial := wider | _widths(others, found)) > cost.at(widths):
+            widths = trial
+    return widths
+
+
+def _search(knobs: Sequence[Knob], cost: Cost, budget: float, rounding: int) -> list[int] | None:
     everything = torch.cat([knob.ranks for knob in knobs]).unique()
     for multiple in (rounding, 1):
         steps = [knob.step(multiple) for knob in knobs]
@@ -109,10 +142,13 @@ def allocate(
                 low = middle + 1
         counts = _refill(knobs, counts, steps, cost, budget)
         # Narrow networks have few multiples to choose from: finer ones use what is left of the budget.
-        while cost.at(_widths(knobs, counts)) < NEAR * budget and max(steps) > 1:
-            steps = [max(step // 2, 1) for step in steps]
+        while cost.at(_widths(knobs, counts)) < NEAR * budget:
+            finer = [knob.finer(step) for knob, step in zip(knobs, steps, strict=True)]
+            if finer == steps:
+                break
+            steps = finer
             counts = _refill(knobs, counts, steps, cost, budget)
-        return _widths(knobs, counts)
+        return counts
     return None
 
 

@@ -1,7 +1,7 @@
 """Channel pruning: whole channels, neurons and heads leave until the network costs what was asked for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import ceil, isfinite
 from typing import ClassVar
@@ -19,7 +19,7 @@ from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.graph.macs import COSTS, Cost
 from tinier.methods.allocation import Knob, above, allocate
 from tinier.methods.base import Method, covers, must_exist
-from tinier.methods.uniform import bundles, must_divide
+from tinier.methods.uniform import Together
 from tinier.network import Network
 from tinier.statistics import Statistics
 from tinier.units import is_number, is_whole
@@ -125,7 +125,8 @@ class ChannelPruning(Method):
         channels = channel_groups(traced)
         cost = Cost(COSTS["macs" if self.of == "channels" else self.of](traced, channels))
         share = self.keep if self.at_most is None else min(self.at_most / cost.at({}), 1.0)
-        fixed = self._fixed(channels)
+        together = Together.of(network, channels, self.uniform)
+        fixed = self._fixed(together)
         if share == 1 and not fixed and self.threshold is None:
             return Plan()
         must_exist(
@@ -136,7 +137,7 @@ class ChannelPruning(Method):
             raise RefusedError(f"{network.name}: no channel can be cut. {why(channels)}")
         scores = self._scores(network, candidates, statistics)
         candidates = [group for group in candidates if group.name in scores]
-        widths = self._widths(network, channels, candidates, scores, cost, share, fixed)
+        widths = self._widths(together, candidates, scores, cost, share, fixed)
         edits = []
         for group in candidates:
             count = widths.get(group.atom, group.size)
@@ -173,25 +174,39 @@ class ChannelPruning(Method):
             scores[group.name] = values.double().cpu()
         return scores
 
-    def _fixed(self, channels: Channels) -> dict[Atom, int]:
-        """The widths of groups that have a rate of their own."""
-        result = {}
+    def _fixed(self, together: Together) -> dict[Atom, int]:
+        """The widths of groups that have a rate of their own, and of those that change in step with them."""
+        result: dict[Atom, int] = {}
+        groups, by = together.channels.groups, dict[Atom, str]()
         for pattern, share in self.rates:
-            matching = [g for g in channels.groups if fnmatchcase(g.name, pattern)]
+            matching = [g for g in groups if fnmatchcase(g.name, pattern)]
             if not matching:
                 raise InputError(
-                    f"rates: no channel group is called {pattern}; there are {', '.join(g.name for g in channels.groups)}"
+                    f"rates: no channel group is called {pattern}; there are {', '.join(g.name for g in groups)}"
                 )
+            bundles = together.bundles([g for g in groups if self._may_go(g)])
             for group in matching:
                 if not self._may_go(group):
                     raise InputError(f"rates: {group.name} is excluded, or of a kind that stays")
-                result[group.atom] = max(round(share * group.size), group.minimum, 1)
+                bundle = next((b for b in bundles if any(g is group for g, _ in b)), None)
+                if bundle is None:
+                    raise InputError(
+                        f"rates: {group.name} changes in step with what stays; leave uniform, the rate or the exclusion out"
+                    )
+                unit = next(unit for other, unit in bundle if other is group)
+                count = max(round(share * group.size / unit), -(-group.minimum // unit), 1)
+                for other, each in bundle:
+                    if result.setdefault(other.atom, count * each) != count * each:
+                        raise InputError(
+                            f"rates: {group.name} and {by[other.atom]} change in step, and {share:g} of {group.size} is another width; "
+                            "give both the same rate, or leave uniform out"
+                        )
+                    by.setdefault(other.atom, group.name)
         return result
 
     def _widths(
         self,
-        network: Network,
-        channels: Channels,
+        together: Together,
         candidates: list[Group],
         scores: Mapping[str, Tensor],
         cost: Cost,
@@ -206,14 +221,14 @@ class ChannelPruning(Method):
         ranks = self._ranks(open_groups, scores, cost)
         if self.threshold is not None or self.of == "channels":
             first = [g for g in open_groups if g.kind not in RESORTS[-1] or self._asked(g)]
-            knobs = self._knobs(network, channels, first or open_groups, ranks, self.min_keep)
+            knobs = self._knobs(together, first or open_groups, ranks, self.min_keep)
             if self.threshold is not None:
                 return above(knobs, self.threshold, self.round_to) | fixed
             wanted: dict[Atom, int] = {}
             for knob in knobs:
                 step = knob.step(self.round_to)
                 count = max(round(share * knob.size / step) * step, knob.floor)
-                wanted |= knob.at(min(count, knob.size))
+                wanted |= knob.at(knob.down(min(count, knob.size)))
             return wanted | fixed
         # A resort is enough when no group would have to fall below half of what the whole keeps; the last one goes as far as it must.
         for resort in RESORTS:
@@ -223,8 +238,8 @@ class ChannelPruning(Method):
             if not groups:
                 continue
             last = len(groups) == len(open_groups)
-            half = self._knobs(network, channels, groups, ranks, max(self.min_keep, share / 2))
-            knobs = self._knobs(network, channels, groups, ranks, self.min_keep)
+            half = self._knobs(together, groups, ranks, max(self.min_keep, share / 2))
+            knobs = self._knobs(together, groups, ranks, self.min_keep)
             if last or cost.at(_lowest(half)) <= budget:
                 widths = allocate(knobs, cost, budget, self.round_to)
                 if widths is not None:
@@ -232,9 +247,15 @@ class ChannelPruning(Method):
             if last:
                 break
         least = cost.at(_lowest(knobs)) / whole
+        among = ""
+        if self.uniform:
+            loose = replace(together, uniform=False, says={})
+            knobs = self._knobs(loose, open_groups, ranks, self.min_keep)
+            among = f" and the same width in every layer (without uniform=True it is {cost.at(_lowest(knobs)) / whole:.1%})"
         raise RefusedError(
-            f"{network.name}: {share:.1%} of the {self.of} was asked for, the least possible with at least "
-            f"{self.min_keep:.0%} of each group is {least:.1%}. {self._unscored(channels, scores)}{why(channels)}"
+            f"{together.network.name}: {share:.1%} of the {self.of} was asked for, the least possible with at least "
+            f"{self.min_keep:.0%} of each group{among} is {least:.1%}. "
+            f"{self._unscored(together.channels, scores)}{why(together.channels)}"
         )
 
     def _unscored(self, channels: Channels, scores: Mapping[str, Tensor]) -> str:
@@ -278,27 +299,24 @@ class ChannelPruning(Method):
 
     def _knobs(
         self,
-        network: Network,
-        channels: Channels,
+        together: Together,
         groups: list[Group],
         ranks: Mapping[Atom, Tensor],
         least: float,
     ) -> list[Knob]:
-        together = (
-            bundles(network, channels, groups)
-            if self.uniform
-            else [((group, 1),) for group in groups]
-        )
         result = []
-        for bundle in together:
+        for bundle in together.bundles(groups):
             size = bundle[0][0].size // bundle[0][1]
             mean = torch.stack([ranks[g.atom].view(size, unit).mean(1) for g, unit in bundle])
             floor = max(
                 max(ceil(least * size - 1e-9), -(-group.minimum // unit), 1)
                 for group, unit in bundle
             )
-            divides = must_divide(network, bundle) if self.uniform else 0
-            result.append(Knob(bundle, mean.mean(0), min(floor, size), divides))
+            divides, grain = together.divides(bundle), together.grain(bundle)
+            knob = Knob(
+                bundle, mean.mean(0), min(floor, size), divides, grain, together.never(bundle)
+            )
+            result.append(replace(knob, floor=knob.up(0, -(-knob.floor // grain) * grain)))
         return result
 
 

@@ -11,7 +11,7 @@ from tinier.criteria.choose import as_criterion
 from tinier.criteria.reconstruction import Reconstruction
 from tinier.data.base import Examples
 from tinier.edits.base import Plan
-from tinier.edits.config import standard
+from tinier.edits.config import not_standard
 from tinier.edits.follow import follow
 from tinier.errors import InputError
 from tinier.graph.groups import channel_groups
@@ -77,7 +77,8 @@ def prune(
             reconstruction with data and L2 magnitude without.
         ranking: what channels are ranked against: "global" (all others), "kind" or "local"; for masks also "row". None for global, for
             masks local.
-        uniform: the same width in every layer, so that the result is a standard checkpoint.
+        uniform: the same width in every layer, so that the result is a standard checkpoint; a note says what its config cannot, if it is
+            none. What is excluded, or has a rate, decides for all layers that are alike.
         round_to: multiple that widths are rounded to; None for what ``target`` likes, 8 if that is None, too.
         data: examples for criteria that need them and for compensation; labels are used by gradient criteria alone.
         compensate: fit the layers behind what was cut again; None for yes when there is data.
@@ -172,7 +173,7 @@ def prune(
         current = following
     if steps > 1:
         notes.append(f"cut in {steps} rounds")
-    return _done(model, current, network, dropped + slices, notes, epochs)
+    return _done(model, current, network, dropped + slices, notes, epochs, uniform)
 
 
 def _depth(depth: float, exclude: tuple[str, ...]) -> DepthPruning:
@@ -221,7 +222,7 @@ def _within(
     if examples is not None and compensate is not False:
         pruned = fit_again(pruned, network, found.plan, batches_of(examples, network))
     note = f"{target.name}: {found.latency:.3g} ms at batch 1, the original {found.original:.3g} ms in the same rounds"
-    return _done(model, pruned, network, found.plan, [note], 0.0)
+    return _done(model, pruned, network, found.plan, [note], 0.0, method.uniform)
 
 
 def _done(
@@ -231,12 +232,16 @@ def _done(
     plan: Plan,
     notes: list[str],
     epochs: float,
+    uniform: bool,
 ) -> Smaller:
     notes = [*pruned.notes, *notes]
     if epochs:
         notes.append(f"trained towards the original for {epochs:g} epochs a round")
-    if standard(pruned.module, pruned.example):
+    why = not_standard(pruned.module, pruned.example)
+    if not why:
         notes.append("standard checkpoint: from_pretrained loads it without tinier")
+    elif uniform and hasattr(original.module, "save_pretrained"):
+        notes.append(f"no standard checkpoint, from_pretrained alone cannot load it: {why}")
     original, plan = since(model, original, plan)
     return Smaller(pruned, original, plan, notes=tuple(dict.fromkeys(notes)))
 
