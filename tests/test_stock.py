@@ -346,3 +346,36 @@ def test_loops_over_the_length_keep_their_class_and_their_free_length(
     assert not any(isinstance(part, Piece) for part in pruned.module.modules())
     for length in (3, 9):
         assert pruned.module(torch.randint(20, (4, length))).shape == (4, length, 3)
+
+
+class Cached(nn.Module):
+    """Keeps a part of its weights between runs in evaluation mode, until it is trained, as LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.scale = nn.Parameter(torch.randn(16))
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> "Cached":
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or "scale" not in self.cache:
+            self.cache["scale"] = self.scale.exp()
+        return self.second(self.first(x).relu() * self.cache["scale"])
+
+
+def test_what_a_class_keeps_of_its_old_weights_is_forgotten() -> None:
+    torch.manual_seed(0)
+    module = Cached().eval()
+    module(torch.randn(2, 6))  # fills the cache
+    network = Network(module, {"x": torch.randn(2, 6)})
+    (group,) = channel_groups(network.traced).groups
+    assert "scale" in {slot.parameter for slot in group.slots}
+    pruned = Plan((Slice.of(group, range(5)),)).apply(network)
+    assert type(pruned.module) is Cached
+    assert prove(network, pruned, Plan((Slice.of(group, range(5)),)), seed=5) <= 1e-5

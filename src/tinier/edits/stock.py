@@ -22,6 +22,7 @@ from tinier.edits.stock_sizes import set_sizes
 from tinier.graph.axes import size
 from tinier.graph.groups import Channels
 from tinier.graph.macs import module_path
+from tinier.graph.states import forgotten
 from tinier.graph.trace import Traced
 from tinier.modules.keras import KerasModule
 
@@ -75,9 +76,8 @@ def stock_modules(
         for config in (True, False):
             if config and not follows:
                 continue
-            candidate = cut_copy(
-                module, along, made
-            ).eval()  # in training, spectral norms change as they are looked at
+            # In training, spectral norms change as they are looked at; what is kept from runs is of the old weights.
+            candidate = forgotten(cut_copy(module, along, made))
             if config:
                 set_config(candidate, channels, run, says)
             _set_layers(candidate, run)
@@ -90,7 +90,7 @@ def stock_modules(
             yield candidate
     if traced is not None and graph is not None and inputs is not None:
         # The config stays as it was: it could not say what the pieces are.
-        candidate = cut_copy(module, along, made).eval()
+        candidate = forgotten(cut_copy(module, along, made))
         _set_layers(candidate, run)
         set_sizes(candidate, run, True)
         try:

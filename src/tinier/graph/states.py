@@ -67,3 +67,8 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def forgotten(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode, without what it keeps of its weights for it, as LeViT its biases: training mode makes it forget."""
+    return module.train().eval()

@@ -19,7 +19,7 @@ from tinier.errors import ModelError
 from tinier.graph.capture import DependsOnData, capture, register
 from tinier.graph.fast import record
 from tinier.graph.functional import without_writes
-from tinier.graph.states import evaluating, quiet
+from tinier.graph.states import evaluating, forgotten, quiet
 from tinier.graph.unfuse import unfuse
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -80,6 +80,7 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     _check(module)
     names = tuple(example)
     with evaluating(module):
+        forgotten(module)
         try:
             with quiet():
                 graph, result = record(module, example, _free, _lengths)

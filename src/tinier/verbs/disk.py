@@ -152,7 +152,13 @@ def load(folder: str | Path, into: Any = None, example: Example | None = None) -
         weights = load_file(folder / WEIGHTS)
         if masks_of(smaller.module) and not any("parametrizations" in name for name in weights):
             smaller = unmask(smaller)  # a later step made the zeros permanent
-        smaller.module.load_state_dict(weights)
+        state = (
+            smaller.module.state_dict()
+        )  # versions of layers are in it, and none in a file of safetensors
+        state.update(weights)
+        for name in state.keys() - weights.keys():
+            del state[name]
+        smaller.module.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder / WEIGHTS} does not fit the model: {error}") from error
     return Smaller(smaller, network, plan)
