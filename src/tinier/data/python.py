@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from tinier.data.base import Arrays, Batch, Examples, Store
 from tinier.data.reader import Options, Reader, has_label_name, plain_labels
 from tinier.errors import DataError
+from tinier.graph.trace import line_of
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -36,9 +37,10 @@ def import_function(spec: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
+        where = line_of(error)
         raise DataError(
             f"{spec}: the module {module_name} cannot be imported from the current folder or the "
-            f"Python path: {type(error).__name__}: {error}"
+            f"Python path: {type(error).__name__}: {error}{f' at {where}' if where else ''}"
         ) from error
     finally:
         if added:
@@ -176,7 +178,10 @@ class PythonReader(Reader):
             except DataError:
                 raise
             except Exception as error:
-                raise DataError(f"{spec}() failed: {type(error).__name__}: {error}") from error
+                where = line_of(error)
+                raise DataError(
+                    f"{spec}() failed{f' at {where}' if where else ''}: {type(error).__name__}: {error}"
+                ) from error
             if isinstance(made, str) or not self.accepts(made):
                 raise DataError(
                     f"{spec}() gave a {type(made).__name__}; a Dataset, a DataLoader, a tuple (x, y) "

@@ -1,5 +1,7 @@
 """What a network computes: one graph of ATen operators, with free batch size."""
 
+import contextlib
+import io
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
@@ -77,7 +79,7 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         Tenths of a second for a hundred operators, seconds where torch.export is needed; no run of the network and no copy of its
         parameters, but where torch.export fails.
     """
-    _check(module)
+    check(module)
     names = tuple(example)
     with evaluating(module):
         try:
@@ -156,12 +158,24 @@ def _is_free(size: Any) -> bool:
     return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
-def _check(module: nn.Module) -> None:
-    """Refuse modules that nothing can trace, with a way out."""
-    if isinstance(module, torch.jit.ScriptModule):
-        raise ModelError(
-            "the network is TorchScript, which hides its operators; give the nn.Module that it was made from, or export it to ONNX"
-        )
+def check(module: nn.Module) -> None:
+    """Refuse modules that nothing can trace, with a way out; nothing is run, which would give lazy layers their shapes.
+
+    Raises:
+        ModelError: TorchScript, lazy layers that were never run, or layers that are quantized already.
+    """
+    for path, part in module.named_modules():
+        named = f"its module {path}" if path else "the network"
+        if isinstance(part, torch.jit.ScriptModule) and (
+            not path or next(part.parameters(), None) is not None
+        ):
+            raise ModelError(
+                f"{named} is TorchScript, which hides its operators; give the nn.Module that it was made from, or export it to ONNX"
+            )
+        if type(part).__module__.startswith("torch.ao.nn.quantized"):
+            raise ModelError(
+                f"{named} is already quantized ({part._get_name()}); give the float model, and quantize the smaller one"
+            )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ModelError(
@@ -174,8 +188,14 @@ def _export(
 ) -> ExportedProgram:
     free = _dims(example) if dims is None else dims
     dynamic = {name: dict.fromkeys(free[name], Dim.AUTO) for name in example}
-    with quiet(), torch.no_grad():
-        return torch.export.export(module, (), dict(example), dynamic_shapes=dynamic, strict=False)
+    # torch.export prints the graph so far of what it cannot take.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        found = torch.export.export(module, (), dict(example), dynamic_shapes=dynamic, strict=False)
+        # Inside of torch.vmap tensors lack the dimension that it maps over; a run below it has the operators on whole tensors.
+        mapped = any(
+            getattr(node.target, "__name__", "") == "_add_batch_dim" for node in found.graph.nodes
+        )
+        return found.run_decompositions({}) if mapped else found
 
 
 def _free(tensor: Tensor) -> range:
@@ -196,7 +216,7 @@ def _captured(
     module: nn.Module, example: Mapping[str, Tensor], error: Exception
 ) -> tuple[nn.Module, Any]:
     """The network as a recorded run of it; raises ModelError, with what stopped torch.export, where there is none."""
-    if any(t.is_meta for t in (*module.state_dict().values(), *example.values())):
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers(), *example.values())):
         raise _refusal(error) from error  # there is nothing to run
     free = []
     for dim in range(max(tensor.ndim for tensor in example.values())):

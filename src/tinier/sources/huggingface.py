@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tinier.errors import MissingError, ModelError
 from tinier.graph.states import quiet
-from tinier.network import Example, Network, name_inputs
+from tinier.network import Inputs, Network, name_inputs
 from tinier.sources.base import Source, first_line, present
 
 RECIPE = (
@@ -29,7 +29,7 @@ class HuggingFaceSource(Source):
     def accepts(self, model: Any) -> bool:
         return isinstance(model, str | Path) and Path(model).is_dir()
 
-    def load(self, model: Any, example: Example | None) -> Network:
+    def load(self, model: Any, example: Inputs | None) -> Network:
         folder = Path(model)
         present(folder)
         config = _config(folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tinier.errors import ModelError, OutputError
 from tinier.modules.keras import KerasModule
 from tinier.modules.keras_parts import is_graph, is_keras_model, keras_on_torch
-from tinier.network import Example, Network, name_inputs
+from tinier.network import Inputs, Network, name_inputs
 from tinier.sources.base import Source, first_line, present
 from tinier.sources.module import free_batch
 
@@ -35,7 +35,7 @@ class KerasSource(Source):
             return Path(model).suffix.lower() == ".keras"
         return is_keras_model(model)
 
-    def load(self, model: Any, example: Example | None) -> Network:
+    def load(self, model: Any, example: Inputs | None) -> Network:
         if isinstance(model, str | Path):
             path = Path(model)
             return keras_network(read_keras(path), example, path.stem)
@@ -43,7 +43,7 @@ class KerasSource(Source):
         return keras_network(model, example, str(model.name))
 
 
-def keras_network(model: Any, example: Example | None, name: str) -> Network:
+def keras_network(model: Any, example: Inputs | None, name: str) -> Network:
     """The network of a Keras model on the torch backend.
 
     Args:
@@ -70,7 +70,7 @@ def keras_network(model: Any, example: Example | None, name: str) -> Network:
     return free_batch(module, {n: inputs[n].detach().cpu() for n in module.inputs}, name)
 
 
-def _values(example: Example) -> Sequence[Tensor]:
+def _values(example: Inputs) -> Sequence[Tensor]:
     return list(example.values()) if isinstance(example, Mapping) else list(example)
 
 
