@@ -52,6 +52,22 @@ def import_function(spec: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+def call_function(spec: str) -> Any:
+    """What the function that ``module:function`` names returns.
+
+    Raises:
+        DataError: there is none, or it fails; the message has the line of the user's file.
+    """
+    function = import_function(spec)
+    try:
+        return function()
+    except Exception as error:
+        where = line_of(error)
+        raise DataError(
+            f"{spec}() failed{f' at {where}' if where else ''}: {type(error).__name__}: {error}"
+        ) from error
+
+
 class Items(Store):
     """A map-style torch data set, read when it is needed.
 
@@ -173,15 +189,7 @@ class PythonReader(Reader):
     def read(self, spec: Any, example: Mapping[str, Tensor], options: Options) -> Examples:
         names = tuple(example)
         if isinstance(spec, str):
-            try:
-                made = import_function(spec)()
-            except DataError:
-                raise
-            except Exception as error:
-                where = line_of(error)
-                raise DataError(
-                    f"{spec}() failed{f' at {where}' if where else ''}: {type(error).__name__}: {error}"
-                ) from error
+            made = call_function(spec)
             if isinstance(made, str) or not self.accepts(made):
                 raise DataError(
                     f"{spec}() gave a {type(made).__name__}; a Dataset, a DataLoader, a tuple (x, y) "

@@ -57,6 +57,8 @@ GROUPED = {
 }
 # Class → config key of the shape that its result gets, without the batch or with it.
 SHAPED = {"Reshape": ("target_shape", "newshape")}
+# Class → its own variable → (ends of the variable that it follows, its dimension, that of the other).
+FOLLOWING = {"SpectralNormalization": {"vector_u": ((".kernel", ".embeddings"), 1, -1)}}
 # The scale of attention follows from its head size; the query's weights take the difference.
 SCALED = {"MultiHeadAttention": "key_dim", "GroupedQueryAttention": "head_dim"}
 
@@ -92,6 +94,7 @@ class _Resized:
         self.along = kept_along(channels, kept)
         self.axes = channels.parameters
         self.old = {name: tuple(v.shape) for name, v in module.variables.items()}
+        self._follow()
         self.new = {
             name: tuple(
                 len(self.along.get(name, {})[dim]) if dim in self.along.get(name, {}) else length
@@ -124,6 +127,20 @@ class _Resized:
                 if kind in SCALED:
                     self._rescale(path, result)
         return result
+
+    def _follow(self) -> None:
+        """Variables that only training uses, and no graph shows, lose what theirs do."""
+        for operation, path in operations(self.module.model):
+            for kind in _kinds(operation):
+                for name, (ending, dim, along) in FOLLOWING.get(kind, {}).items():
+                    for source, cut in list(self.along.items()):
+                        last = len(self.old.get(source, ())) + along
+                        if (
+                            source.startswith(f"{path}.")
+                            and source.endswith(ending)
+                            and last in cut
+                        ):
+                            self.along[f"{path}.{name}"] = {dim: cut[last]}
 
     def _rescale(self, path: str, values: dict[str, Tensor]) -> None:
         kernel = self._variable(path, "query.kernel")

@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from tinier.data.python import FUNCTION, import_function
+from tinier.data.python import FUNCTION, call_function
 from tinier.errors import DataError, ModelError
-from tinier.graph.trace import line_of
 from tinier.network import Inputs, Network, as_tensors
-from tinier.sources.base import Source, first_line
+from tinier.sources.base import Source
 from tinier.sources.module import ModuleSource
 
 
@@ -25,14 +24,9 @@ class FunctionSource(Source):
 
     def load(self, model: Any, example: Inputs | None) -> Network:
         try:
-            made = import_function(model)()
+            made = call_function(model)
         except DataError as error:
             raise ModelError(str(error)) from error
-        except Exception as error:  # the user's own code
-            where = line_of(error)
-            raise ModelError(
-                f"{model}() failed{f' at {where}' if where else ''}: {type(error).__name__}: {first_line(error)}"
-            ) from error
         if isinstance(made, tuple) and len(made) == 2:
             made, own = made
             example = own if example is None else example
