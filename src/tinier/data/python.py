@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from tinier.data.base import Arrays, Batch, Examples, Store
 from tinier.data.reader import Options, Reader, has_label_name, plain_labels
 from tinier.errors import DataError
-from tinier.graph.trace import line_of
+from tinier.graph.origin import line_of
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 

@@ -2,13 +2,10 @@
 
 import contextlib
 import io
-import sysconfig
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import getitem
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +18,9 @@ from tinier.errors import ModelError
 from tinier.graph.capture import DependsOnData, capture, register
 from tinier.graph.fast import record
 from tinier.graph.functional import without_writes
+from tinier.graph.origin import line_of
 from tinier.graph.states import evaluating, quiet
 from tinier.graph.unfuse import unfuse
-
-_TORCH = str(Path(torch.__file__).parent)
-_TINIER = str(Path(__file__).parent.parent)
-_PYTHON = sysconfig.get_path("stdlib")
 
 MOST_BATCH = 2**16  # a batch size that is free up to here is free
 
@@ -243,34 +237,6 @@ def _refusal(error: Exception, second: Exception | None = None) -> ModelError:
         )
     also = f"\n  a recorded run failed, too: {_first_lines(second, 2)}" if second else ""
     return ModelError(f"the network cannot be traced{where}: {_first_lines(error)}{also}")
-
-
-def line_of(error: BaseException) -> str | None:
-    """The line of the user's model that an error came from, as ``file:line: source``; None if it was none of theirs.
-
-    The innermost frame outside of torch, of tinier and of Python itself, over the error and what caused it.
-    """
-    found = None
-    seen: BaseException | None = error
-    while seen is not None:
-        for frame in traceback.extract_tb(seen.__traceback__):
-            if _is_model(frame.filename):
-                found = frame
-        if found is not None:
-            break
-        seen = seen.__cause__ or seen.__context__
-    if found is None:
-        return None
-    path = Path(found.filename)
-    name = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"{name}:{found.lineno}: {found.line}"
-
-
-def _is_model(file: str) -> bool:
-    installed = "site-packages" in file
-    return not file.startswith((_TORCH, _TINIER, "<")) and (
-        installed or not file.startswith(_PYTHON)
-    )
 
 
 def plain(exported: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:
