@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import build
+from tinier.edits import merge
 from tinier.edits.base import Plan
 from tinier.edits.linearize import Linearize
 from tinier.edits.merge import Merge
@@ -175,3 +176,48 @@ def test_what_is_refused() -> None:
     for wrong in ({"keep": 2.0}, {"count": -1}, {"score": "best"}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             ActivationRemoval(**wrong)  # type: ignore[arg-type]
+
+
+class FeedForward(nn.Module):
+    """The block of a transformer; with ``inside``, its activation is a function."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
+        self.act, self.inside = nn.ReLU(), inside
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.up(self.norm(input))
+        return input + self.down(torch.relu(x) if self.inside else self.act(x))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_merged_in_half_precision_and_frozen(
+    frozen: bool, kind: torch.dtype, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = FeedForward(inside).to(kind).requires_grad_(not frozen)
+    x = torch.randn(64, 8).to(kind)
+    network = Network(module, {"input": x[:4]})
+    plan = ActivationRemoval(count=1).plan(network, seen(network, x))
+    assert [edit.kind for edit in plan.edits] == ["linearize", "merge"]
+    smaller = plan.apply(network)
+    parameters = list(smaller.module.parameters())
+    assert {p.dtype for p in parameters} == {kind}
+    assert {p.requires_grad for p in parameters} == {not frozen}
+    # As near as one rounding of the weights is.
+    straight = Plan(plan.edits[:1]).apply(network)
+    (found,), (wanted,) = smaller(network.example), straight(network.example)
+    digits = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[kind]
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=digits, atol=digits * 4)
+    # A wrong product is found, in half precision as well.
+    exact = merge.merged_tensors
+    monkeypatch.setattr(merge, "merged_tensors", lambda *given: _changed(*exact(*given)))
+    with pytest.raises(RefusedError, match="differs by more than 1e-05"):
+        plan.apply(network)
+
+
+def _changed(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return weight * (1 + 1e-4), bias

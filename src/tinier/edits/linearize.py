@@ -116,23 +116,29 @@ def _replaced(module: nn.Module, one: Activation, line: Line) -> bool:
     if not path or next(leaf.children(), None) is not None:
         return False
     parent, _, name = path.rpartition(".")
-    reference = next(module.parameters(), line.slope)
-    affine = ChannelAffine(line.slope, line.intercept, one.dim).to(reference)
-    setattr(module.get_submodule(parent), name, affine)
+    setattr(module.get_submodule(parent), name, _affine(module, one, line))
     return True
+
+
+def _affine(module: nn.Module, one: Activation, line: Line) -> ChannelAffine:
+    """The line in the type of the network's parameters, frozen where all of them are."""
+    parameters = list(module.parameters())
+    made = ChannelAffine(line.slope, line.intercept, one.dim)
+    if not parameters:
+        return made
+    return made.to(parameters[0]).requires_grad_(any(p.requires_grad for p in parameters))
 
 
 def _graph(network: Network, found: Found) -> fx.GraphModule:
     traced = network.traced
     module = copy.deepcopy(traced.module)
     nodes = dict(zip(traced.module.graph.nodes, module.graph.nodes, strict=True))
-    reference = next(module.parameters(), torch.zeros(1))
     for number, (one, line) in enumerate(found):
         node = nodes[one.node]
         name = f"line_{number}"
         while hasattr(module, name):
             name += "_"
-        module.add_module(name, ChannelAffine(line.slope, line.intercept, one.dim).to(reference))
+        module.add_module(name, _affine(module, one, line))
         rank = one.node.meta["val"].ndim
         shape = [1] * rank
         shape[one.dim] = one.channels

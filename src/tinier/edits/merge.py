@@ -14,6 +14,7 @@ from tinier.edits.slice import named
 from tinier.errors import RefusedError
 from tinier.graph.macs import module_path
 from tinier.graph.neighbours import Neighbours, merged_tensors, neighbours
+from tinier.graph.single import HALF, is_half, recast_inputs, single
 from tinier.graph.trace import call
 from tinier.network import Network
 
@@ -63,31 +64,61 @@ def _merged(network: Network, edit: Merge) -> Network:
     )
     if pair is None:
         raise RefusedError(f"merge {edit.first} and {edit.second}: no neighbours in this network")
-    weight, bias = merged_tensors(network.traced.module, pair)
-    for module in _candidates(network, pair, weight, bias):
+    exact = merged_tensors(network.traced.module, pair)
+    made = _parameters(network.traced.module, pair, exact)
+    for module in _candidates(network, pair, *made):
         candidate = Network(module, network.example, network.name, network.folder)
-        if _same(network, candidate):
+        if _same(network, candidate, exact):
             return candidate.noted(*network.notes)
     raise RefusedError(
         f"{network.name}: with {edit.first} and {edit.second} as one layer it differs by more than {TOLERANCE:g} (relative)"
     )
 
 
-def _same(original: Network, candidate: Network) -> bool:
+def _parameters(
+    module: fx.GraphModule, pair: Neighbours, exact: tuple[Tensor, Tensor]
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of the one layer in the type of the first weight, frozen where all that they are made of is."""
+    names = (one for layer in (pair.first, pair.second) for one in (layer.weight, layer.bias))
+    trainable = any(module.get_parameter(name).requires_grad for name in names if name)
+    kind = module.get_parameter(pair.first.weight).dtype
+    weight, bias = (nn.Parameter(tensor.to(kind), trainable) for tensor in exact)
+    return weight, bias
+
+
+def _same(original: Network, candidate: Network, exact: tuple[Tensor, Tensor]) -> bool:
     for inputs in (random_inputs(original, seed=0), dict(original.example)):
-        wanted = original(inputs)
+        half = is_half(original.traced.module, inputs)
         try:
             with torch.no_grad():
-                found = (candidate(inputs), call(candidate.traced.module, inputs))
+                own, traced = candidate(inputs), call(candidate.traced.module, inputs)
+                if half:  # nothing is equal to 1e-5 there: the graphs are compared in float32, and the class with its graph
+                    inputs = recast_inputs(inputs, HALF, torch.float32)
+                    wanted = call(single(original.traced.module), inputs)
+                    pairs = [(own, traced), (call(_unrounded(candidate, exact), inputs), wanted)]
+                else:
+                    wanted = original(inputs)
+                    pairs = [(own, wanted), (traced, wanted)]
         except Exception:  # the user's code with another module inside: anything may be raised
             return False
-        if any(len(f) != len(wanted) or difference(f, wanted) > TOLERANCE for f in found):
+        if any(len(a) != len(b) or difference(a, b) > TOLERANCE for a, b in pairs):
             return False
     return candidate.traced.batched == original.traced.batched
 
 
+def _unrounded(candidate: Network, exact: tuple[Tensor, Tensor]) -> fx.GraphModule:
+    """The graph of the merged network in float32, the merged tensors with the digits that half precision takes from them."""
+    graph = single(candidate.traced.module)
+    rounded = dict(candidate.traced.module.named_parameters())
+    for name, parameter in graph.named_parameters():
+        for tensor in exact:
+            if torch.equal(rounded[name], tensor.to(rounded[name])):
+                parameter.data.copy_(tensor)
+    return graph
+
+
 def _candidates(
-    network: Network, pair: Neighbours, weight: Tensor, bias: Tensor
+    network: Network, pair: Neighbours, weight: nn.Parameter, bias: nn.Parameter
 ) -> Iterator[nn.Module]:
     if not isinstance(network.module, fx.GraphModule):
         module = copy.deepcopy(network.module)
@@ -97,7 +128,9 @@ def _candidates(
     yield _graph(network, pair, weight, bias)
 
 
-def _replaced(module: nn.Module, pair: Neighbours, weight: Tensor, bias: Tensor) -> bool:
+def _replaced(
+    module: nn.Module, pair: Neighbours, weight: nn.Parameter, bias: nn.Parameter
+) -> bool:
     """Whether all layers of the chain are modules: the first one takes everything, the others pass values on."""
     first, *rest = [
         module_path(node) for node in (pair.first.node, *pair.between, pair.second.node)
@@ -122,7 +155,9 @@ def _replaced(module: nn.Module, pair: Neighbours, weight: Tensor, bias: Tensor)
     return True
 
 
-def _layer(first: nn.Module, second: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module | None:
+def _layer(
+    first: nn.Module, second: nn.Module, weight: nn.Parameter, bias: nn.Parameter
+) -> nn.Module | None:
     """One layer of torch.nn for two."""
     made: Any
     if isinstance(first, nn.Linear):
@@ -140,13 +175,13 @@ def _layer(first: nn.Module, second: nn.Module, weight: Tensor, bias: Tensor) ->
         )
     else:
         return None
-    with torch.no_grad():
-        made.weight.copy_(weight)
-        made.bias.copy_(bias)
+    made.weight, made.bias = weight, bias
     return made  # type: ignore[no-any-return]
 
 
-def _graph(network: Network, pair: Neighbours, weight: Tensor, bias: Tensor) -> fx.GraphModule:
+def _graph(
+    network: Network, pair: Neighbours, weight: nn.Parameter, bias: nn.Parameter
+) -> fx.GraphModule:
     traced = network.traced
     module = copy.deepcopy(traced.module)
     nodes = dict(zip(traced.module.graph.nodes, module.graph.nodes, strict=True))
@@ -154,9 +189,9 @@ def _graph(network: Network, pair: Neighbours, weight: Tensor, bias: Tensor) -> 
     path, _, leaf = pair.first.weight.rpartition(".")
     owner = module.get_submodule(path)
     names = {}
-    for kind, tensor in (("weight", weight), ("bias", bias)):
+    for kind, parameter in (("weight", weight), ("bias", bias)):
         name = f"{leaf}_merged_{kind}"
-        owner.register_parameter(name, nn.Parameter(tensor))
+        owner.register_parameter(name, parameter)
         names[kind] = f"{path}.{name}" if path else name
     with module.graph.inserting_before(second):
         made = [module.graph.get_attr(names[kind]) for kind in ("weight", "bias")]

@@ -132,7 +132,7 @@ def merged_tensors(module: fx.GraphModule, pair: Neighbours) -> tuple[Tensor, Te
         pair: of it.
 
     Returns:
-        (out, in, *kernel) and (out,), in the type of the first weight.
+        (out, in, *kernel) and (out,), float64.
     """
     get = module.get_parameter
     one, two = get(pair.first.weight).detach(), get(pair.second.weight).detach()
@@ -162,7 +162,7 @@ def merged_tensors(module: fx.GraphModule, pair: Neighbours) -> tuple[Tensor, Te
             dilation=list(pair.first.stride),
         ).transpose(0, 1)
         bias = w2.flatten(2).sum(2) @ hidden + b2
-    return weight.contiguous().to(one.dtype), bias.to(one.dtype)
+    return weight.contiguous(), bias
 
 
 def _run(module: fx.GraphModule, between: tuple[fx.Node, ...], x: Tensor) -> Tensor:
