@@ -18,6 +18,7 @@ from tinier.modules.affine import ChannelAffine
 from tinier.network import Network
 
 Found = list[tuple[Activation, Line]]
+GRAPH = "what is left is the traced graph: not every activation function is a module of its own, whose place a line could take"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Linearize(Edit):
         activation: its name, as ``graph.activations`` gives it.
         slope: of each channel.
         intercept: of each channel.
+        score: by which it was chosen; None where it was not.
     """
 
     kind: ClassVar[str] = "linearize"
@@ -35,10 +37,12 @@ class Linearize(Edit):
     activation: str
     slope: tuple[float, ...]
     intercept: tuple[float, ...]
+    score: float | None = None
 
     def row(self) -> tuple[str, str]:
         """The activation, and what stands there now."""
-        return self.activation, f"{len(self.slope)} lines"
+        score = "" if self.score is None else f", score {self.score:.2g}"
+        return self.activation, f"{len(self.slope)} lines{score}"
 
     @classmethod
     def apply_all(cls, edits: list[Edit], network: Network) -> Network:
@@ -73,14 +77,17 @@ class Linearize(Edit):
             if on_meta(network):
                 return candidate.noted(NOT_PROVED)
             if _equal(network, candidate, found):
-                return candidate.noted(*network.notes)
+                lost = isinstance(module, fx.GraphModule) > isinstance(
+                    network.module, fx.GraphModule
+                )
+                return candidate.noted(*network.notes, *([GRAPH] if lost else []))
         raise RefusedError(
             f"{network.name}: with lines for {', '.join(one.name for one, _ in found)} it is not the original with lines there"
         )
 
 
 def _equal(original: Network, candidate: Network, found: Found) -> bool:
-    lines = {one.node: (line, one.dim) for one, line in found}
+    lines = dict(found)
     for inputs in (random_inputs(original, seed=0), dict(original.example)):
         wanted = straightened(original.traced, lines, inputs)
         try:
@@ -148,7 +155,7 @@ def _graph(network: Network, found: Found) -> fx.GraphModule:
             intercept = module.graph.get_attr(f"{name}.intercept")
             slope = module.graph.call_function(aten.view.default, (slope, shape))
             intercept = module.graph.call_function(aten.view.default, (intercept, shape))
-            product = module.graph.call_function(aten.mul.Tensor, (node.args[0], slope))
+            product = module.graph.call_function(aten.mul.Tensor, (nodes[one.source], slope))
             line_node = module.graph.call_function(aten.add.Tensor, (product, intercept))
         node.replace_all_uses_with(line_node)
     module.graph.eliminate_dead_code()

@@ -1,6 +1,6 @@
 """Layers that became neighbours: nothing but straight lines lies between them, so that they are one layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from tinier.graph.activations import Activation
 from tinier.graph.layers import Layer, linear_layer
 from tinier.graph.rules import operator_name
 from tinier.graph.trace import Traced
@@ -50,8 +51,12 @@ class Neighbours:
         return f"{self.first.weight} · {self.second.weight}"
 
 
-def neighbours(traced: Traced) -> Iterator[Neighbours]:
+def neighbours(traced: Traced, lines: Iterable[Activation] = ()) -> Iterator[Neighbours]:
     """Pairs that can be merged exactly, in the order of the graph.
+
+    Args:
+        traced: the network.
+        lines: activations that are taken for straight lines: pairs that there would be without them.
 
     Linear layers always can. Convolutions without groups and dilation can where the second does not pad; a second one that pads would see
     zeros where the first one's result goes on.
@@ -59,13 +64,15 @@ def neighbours(traced: Traced) -> Iterator[Neighbours]:
     users: dict[str, int] = {}
     for node in traced.module.graph.find_nodes(op="get_attr"):
         users[str(node.target)] = users.get(str(node.target), 0) + len(node.users)
+    straight = {one.node: one for one in lines}
     for node in traced.module.graph.nodes:
         second = linear_layer(node)
         if second is None or users[second.weight] > 1:
             continue
         chain: list[fx.Node] = []
         at: Any = second.source
-        while isinstance(at, fx.Node) and at.op == "call_function" and len(at.users) == 1:
+        within: frozenset[fx.Node] = frozenset([node])  # what may use the next one
+        while isinstance(at, fx.Node) and at.op == "call_function" and set(at.users) <= within:
             first = linear_layer(at)
             if first is not None:
                 if users[first.weight] == 1:
@@ -73,10 +80,13 @@ def neighbours(traced: Traced) -> Iterator[Neighbours]:
                     if pair is not None:
                         yield pair
                 break
+            chain.append(at)
+            if at in straight:
+                within, at = straight[at].inside, straight[at].source
+                continue
             if operator_name(at) not in BETWEEN or not _line(at):
                 break
-            chain.append(at)
-            at = at.args[0]
+            within, at = frozenset([at]), at.args[0]
 
 
 def _line(node: fx.Node) -> bool:
