@@ -11,10 +11,12 @@ from torch import fx, nn
 from tinier.edits.base import Edit
 from tinier.edits.proof import NOT_PROVED, TOLERANCE, difference, on_meta, random_inputs
 from tinier.edits.slice import named
+from tinier.edits.stock_keras_lines import with_lines
 from tinier.errors import RefusedError
 from tinier.graph.activations import Activation, Line, activations, straightened
 from tinier.graph.macs import module_path
 from tinier.modules.affine import ChannelAffine
+from tinier.modules.keras import KerasModule
 from tinier.network import Network
 
 Found = list[tuple[Activation, Line]]
@@ -105,7 +107,11 @@ def _equal(original: Network, candidate: Network, found: Found) -> bool:
 
 
 def _candidates(network: Network, found: Found) -> Iterator[nn.Module]:
-    if not isinstance(network.module, fx.GraphModule):
+    if isinstance(network.module, KerasModule):
+        keras = with_lines(network.module, found)
+        if keras is not None:
+            yield keras
+    elif not isinstance(network.module, fx.GraphModule):
         module = copy.deepcopy(network.module)
         if all(_replaced(module, one, line) for one, line in found):
             module.train(network.module.training)

@@ -11,11 +11,13 @@ from torch import Tensor, fx, nn
 from tinier.edits.base import Edit
 from tinier.edits.proof import EXACT, ROUNDING, TOLERANCE, difference, random_inputs
 from tinier.edits.slice import named
+from tinier.edits.stock_keras_lines import merged_dense
 from tinier.errors import RefusedError
 from tinier.graph.macs import module_path
 from tinier.graph.neighbours import Neighbours, merged_tensors, neighbours
 from tinier.graph.single import HALF, is_half, recast, recast_inputs
 from tinier.graph.trace import call
+from tinier.modules.keras import KerasModule
 from tinier.network import Network
 
 GRAPH = "what is left is the traced graph: the layers that became one are no modules of torch of their own"
@@ -135,7 +137,11 @@ def _in_more_digits(
 def _candidates(
     network: Network, pair: Neighbours, weight: nn.Parameter, bias: nn.Parameter
 ) -> Iterator[nn.Module]:
-    if not isinstance(network.module, fx.GraphModule):
+    if isinstance(network.module, KerasModule):
+        keras = merged_dense(network.module, pair, weight, bias)
+        if keras is not None:
+            yield keras
+    elif not isinstance(network.module, fx.GraphModule):
         module = copy.deepcopy(network.module)
         if _replaced(module, pair, weight, bias):
             module.train(network.module.training)
@@ -218,6 +224,10 @@ def _graph(
         target: Any = first.target
         if pair.first.kind == "convolution":
             target = getattr(torch.ops.aten, f"conv{weight.ndim - 2}d").default
+        if pair.first.kind == "matmul":
+            product = module.graph.call_function(torch.ops.aten.matmul.default, (source, made[0]))
+            product.meta = dict(second.meta)
+            target, source, made = torch.ops.aten.add.Tensor, product, made[1:]
         replacement = module.graph.call_function(target, (source, *made, *rest))
         replacement.meta = dict(second.meta)
     second.replace_all_uses_with(replacement)

@@ -123,7 +123,7 @@ class _Resized:
                 value = value.index_select(dim, indices)
             result[name] = value
         for operation, path in operations(self.module.model):
-            for kind in _kinds(operation):
+            for kind in kinds_of(operation):
                 if kind in SCALED:
                     self._rescale(path, result)
         return result
@@ -131,7 +131,7 @@ class _Resized:
     def _follow(self) -> None:
         """Variables that only training uses, and no graph shows, lose what theirs do."""
         for operation, path in operations(self.module.model):
-            for kind in _kinds(operation):
+            for kind in kinds_of(operation):
                 for name, (ending, dim, along) in FOLLOWING.get(kind, {}).items():
                     for source, cut in list(self.along.items()):
                         last = len(self.old.get(source, ())) + along
@@ -151,7 +151,7 @@ class _Resized:
                     values[name] = values[name] * (after / before) ** 0.5
 
     def _config(self, operation: Any, path: str) -> dict[str, Any]:
-        kinds = _kinds(operation)
+        kinds = kinds_of(operation)
         known = [kind for kind in kinds if kind in WIDTHS or kind in GROUPED]
         if "InputLayer" in kinds:
             return self._input(operation, path)
@@ -277,7 +277,7 @@ class _Resized:
         return found
 
 
-def _kinds(operation: Any) -> list[str]:
+def kinds_of(operation: Any) -> list[str]:
     """Names of its classes that are Keras's own, its own first."""
     return [
         kind.__name__ for kind in type(operation).__mro__ if kind.__module__.startswith("keras.")

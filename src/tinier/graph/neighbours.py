@@ -25,6 +25,9 @@ BETWEEN = (
     "view",
     "reshape",
 )
+# What leaves the values of a parameter or constant as they are.
+KEEPING = ("view", "reshape", "to", "_to_copy", "lift_fresh_copy", "detach", "clone", "contiguous")
+FLAT = ("linear", "matmul")
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -99,23 +102,24 @@ def _line(node: fx.Node) -> bool:
         item = others.pop()
         if item.op == "get_attr":
             continue
-        if item.op != "call_function" or operator_name(item) not in ("view", "reshape"):
+        if item.op != "call_function" or operator_name(item) not in KEEPING:
             return False
         others += [a for a in item.args if isinstance(a, fx.Node)]
     return True
 
 
 def _pair(first: Layer, second: Layer, between: tuple[fx.Node, ...]) -> Neighbours | None:
-    if first.kind != second.kind or first.kind not in ("linear", "convolution"):
+    flat = (first.kind in FLAT, second.kind in FLAT)
+    if not all(flat) and (first.kind, second.kind) != ("convolution", "convolution"):
         return None
     if first.groups != 1 or second.groups != 1:
         return None
     one = [int(n) for n in first.node.args[1].meta["val"].shape]  # type: ignore[union-attr]
     two = [int(n) for n in second.node.args[1].meta["val"].shape]  # type: ignore[union-attr]
-    if first.kind == "linear":
-        return Neighbours(
-            first, second, between, one[0] * one[1] + two[0] * two[1], two[0] * one[1]
-        )
+    if all(flat):
+        inputs = one[1 if first.kind == "linear" else 0]
+        outputs = two[0 if second.kind == "linear" else 1]
+        return Neighbours(first, second, between, prod(one) + prod(two), outputs * inputs)
     if any(d != 1 for d in (*first.dilation, *second.dilation)) or any(
         sum(p) for p in second.padding
     ):
@@ -142,27 +146,27 @@ def merged_tensors(module: fx.GraphModule, pair: Neighbours) -> tuple[Tensor, Te
         pair: of it.
 
     Returns:
-        (out, in, *kernel) and (out,), float64.
+        (out, in, *kernel), or (in, out) where the first layer's weight is, and (out,); float64.
     """
     get = module.get_parameter
     one, two = get(pair.first.weight).detach(), get(pair.second.weight).detach()
+    flat = pair.first.kind in FLAT
     w1, w2 = one.double(), two.double()
+    if flat:
+        w1, w2 = pair.first.matrix(w1)[0], pair.second.matrix(w2)[0]
     b1 = get(pair.first.bias).detach().double() if pair.first.bias else w1.new_zeros(len(w1))
     b2 = get(pair.second.bias).detach().double() if pair.second.bias else w2.new_zeros(len(w2))
     rank = pair.first.node.meta["val"].ndim
     probe = b1.new_zeros(2, len(b1))
     probe[1] = 1
-    shape = (
-        [2, *[1] * (rank - 2), len(b1)]
-        if pair.first.kind == "linear"
-        else [2, len(b1), *[1] * (rank - 2)]
-    )
+    shape = [2, *[1] * (rank - 2), len(b1)] if flat else [2, len(b1), *[1] * (rank - 2)]
     ends = _run(module, pair.between, probe.view(shape)).reshape(2, len(b1))
     offset, scale = ends[0], ends[1] - ends[0]
     w1 = w1 * scale.view(-1, *[1] * (w1.ndim - 1))
     hidden = scale * b1 + offset
-    if pair.first.kind == "linear":
+    if flat:
         weight, bias = w2 @ w1, w2 @ hidden + b2
+        weight = weight.mT if pair.first.kind == "matmul" else weight
     else:
         spatial = w1.ndim - 2
         weight = CONVOLVE[spatial](
