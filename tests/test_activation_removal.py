@@ -327,3 +327,24 @@ def test_nothing_leaves_for_nothing() -> None:
     smaller = tinier.linearize(both, x[:2], x)
     assert [edit.row()[0] for edit in smaller.plan.edits] == ["2.1", "2.0.weight · 2.2.weight"]
     assert "1 of 2 activation functions left, 1 pair of layers became one" in str(smaller)
+
+
+def test_linear_layers_of_gpt2_become_one_in_their_class() -> None:
+    """Their weights are transposed, their rows flattened, and their GELU is written by hand."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)
+    module = transformers.GPT2Model(config).eval()
+    ids = torch.randint(0, 50, (16, 6))
+    smaller = tinier.linearize(module, {"input_ids": ids[:2]}, {"input_ids": ids})
+    lines, merged = smaller.plan.edits
+    assert isinstance(lines, Linearize) and isinstance(merged, Merge)
+    made: Any = smaller.model
+    assert type(made) is type(module)
+    layer = made.get_submodule(lines.activation.rpartition(".")[0])
+    assert layer.c_fc.weight.shape == (16, 16) and isinstance(layer.c_proj, nn.Identity)
+    straight = Plan((lines,)).apply(smaller.original)
+    for found, wanted in zip(
+        smaller.network({"input_ids": ids}), straight({"input_ids": ids}), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -194,6 +194,9 @@ def _layer(
             device=weight.device,
             dtype=weight.dtype,
         )
+    elif type(first).__name__ == "Conv1D" and weight.ndim == 2:  # GPT-2's linear layer
+        kind = type(first)
+        made = kind(weight.shape[1], weight.shape[0])
     else:
         return None
     made.weight, made.bias = weight, bias

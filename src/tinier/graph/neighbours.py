@@ -87,9 +87,18 @@ def neighbours(traced: Traced, lines: Iterable[Activation] = ()) -> Iterator[Nei
             if at in straight:
                 within, at = straight[at].inside, straight[at].source
                 continue
-            if operator_name(at) not in BETWEEN or not _line(at):
+            rows = second.kind in FLAT and _is_rows(at)
+            if operator_name(at) not in BETWEEN or not (rows or _line(at)):
                 break
             within, at = frozenset([at]), at.args[0]
+
+
+def _is_rows(node: fx.Node) -> bool:
+    """Whether a node only arranges rows anew, as the linear layers of GPT-2 do before and behind their product."""
+    source: Any = node.args[0]
+    sizes = [node.meta["val"].shape[-1:], source.meta["val"].shape[-1:]]
+    same = all(isinstance(n, int) for size in sizes for n in size) and sizes[0] == sizes[1]
+    return operator_name(node) in ("view", "reshape") and same
 
 
 def _line(node: fx.Node) -> bool:
@@ -117,6 +126,9 @@ def _pair(first: Layer, second: Layer, between: tuple[fx.Node, ...]) -> Neighbou
     one = [int(n) for n in first.node.args[1].meta["val"].shape]  # type: ignore[union-attr]
     two = [int(n) for n in second.node.args[1].meta["val"].shape]  # type: ignore[union-attr]
     if all(flat):
+        leading = [str(layer.node.meta["val"].shape[:-1]) for layer in (first, second)]
+        if leading[0] != leading[1]:
+            return None
         inputs = one[1 if first.kind == "linear" else 0]
         outputs = two[0 if second.kind == "linear" else 1]
         return Neighbours(first, second, between, prod(one) + prod(two), outputs * inputs)
@@ -197,7 +209,7 @@ def _run(module: fx.GraphModule, between: tuple[fx.Node, ...], x: Tensor) -> Ten
         return item.target(*args)
 
     for node in between:
-        if operator_name(node) in ("dropout", "feature_dropout"):
+        if operator_name(node) in ("dropout", "feature_dropout") or _is_rows(node):
             continue
         source: Any = node.args[0]
         assert callable(node.target)
