@@ -10,6 +10,7 @@ import torch
 
 import tinier
 from tinier.edits.base import Plan
+from tinier.edits.drop import Drop
 from tinier.graph.activations import activations, straightened
 from tinier.modules.keras_parts import keras_on_torch
 from tinier.sources.load import load
@@ -88,3 +89,31 @@ def test_convolutions_take_lines_and_nothing_leaves_for_nothing() -> None:
     assert isinstance(smaller.model, keras.Sequential)
     made: Any = smaller.model
     assert [layer.activation.__name__ for layer in made.layers] == ["linear"] * 3
+
+
+def test_nested_models_with_a_sum_inside_are_dropped(tmp_path: Path) -> None:
+    keras.utils.set_random_seed(0)
+
+    def inner(name: str) -> Any:
+        inputs = keras.Input((8,))
+        hidden = L.Dense(16, activation="relu", name="up")(inputs)
+        return keras.Model(inputs, L.Add()([inputs, L.Dense(8, name="down")(hidden)]), name=name)
+
+    inputs = keras.Input((8,))
+    x = L.Dense(8, name="stem")(inputs)
+    for number in range(3):
+        x = inner(f"block{number}")(x)
+    model = keras.Model(inputs, L.Dense(2, name="head")(x))
+    smaller = tinier.prune(model, depth=1, keep=1.0)
+    (drop,) = smaller.plan.edits
+    assert isinstance(drop, Drop) and isinstance(smaller.model, keras.Model)
+    x = torch.randn(5, 8)
+    wanted = model.get_layer("stem")(x)
+    for number in range(3):
+        if f"block{number}" != drop.block:
+            wanted = model.get_layer(f"block{number}")(wanted)
+    wanted = model.get_layer("head")(wanted)
+    tinier.save(smaller, tmp_path / "shallow.keras")
+    again = keras.saving.load_model(tmp_path / "shallow.keras")
+    torch.testing.assert_close(again(x), wanted)
+    assert again.count_params() == model.count_params() - model.get_layer("block0").count_params()

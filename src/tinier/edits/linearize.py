@@ -11,7 +11,7 @@ from torch import fx, nn
 from tinier.edits.base import Edit
 from tinier.edits.proof import NOT_PROVED, TOLERANCE, difference, on_meta, random_inputs
 from tinier.edits.slice import named
-from tinier.edits.stock_keras_lines import with_lines
+from tinier.edits.stock_keras_layers import with_lines
 from tinier.errors import RefusedError
 from tinier.graph.activations import Activation, Line, activations, straightened
 from tinier.graph.macs import module_path

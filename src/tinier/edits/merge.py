@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from tinier.edits.base import Edit
 from tinier.edits.proof import EXACT, ROUNDING, TOLERANCE, difference, random_inputs
 from tinier.edits.slice import named
-from tinier.edits.stock_keras_lines import merged_dense
+from tinier.edits.stock_keras_layers import merged_dense
 from tinier.errors import RefusedError
 from tinier.graph.macs import module_path
 from tinier.graph.neighbours import Neighbours, merged_tensors, neighbours

@@ -77,6 +77,8 @@ def _change(
         if paths[id(operation)] in instead:
             kind, own = instead[paths[id(operation)]]
             entry.update(module="keras.layers", class_name=kind, registered_name=None)
+            for call in entry.get("inbound_nodes", ()):
+                call["kwargs"] = {}  # masks and modes, which the other class does not take
             entry["config"] = {
                 key: config[key] for key in ("name", "dtype") if key in config
             } | dict(own)

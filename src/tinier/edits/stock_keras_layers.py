@@ -1,4 +1,4 @@
-"""The user's Keras model with lines in place of activation functions, and with layers that became one."""
+"""The user's Keras model with other layers: lines for activation functions, one layer for two, nothing for a block."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -86,6 +86,21 @@ def merged_dense(
     configs = {first: {"units": weight.shape[1], "use_bias": True, "activation": activation}}
     instead = {path: ("Identity", dict[str, Any]()) for path in (*between, second)}
     return _made(module, configs, instead, values)
+
+
+def without_blocks(module: KerasModule, paths: Iterable[str]) -> KerasModule | None:
+    """The model with an ``Identity`` in place of some layers or nested models; None where Keras cannot build it.
+
+    Args:
+        module: left as it is.
+        paths: of the layers.
+    """
+    values = {
+        name: variable.value.detach()
+        for name, variable in module.variables.items()
+        if not any(name.startswith(f"{path}.") for path in paths)
+    }
+    return _made(module, {}, {path: ("Identity", {}) for path in paths}, values)
 
 
 def _made(
