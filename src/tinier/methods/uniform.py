@@ -122,7 +122,7 @@ def _bundle(groups: Sequence[Group]) -> Bundle:
 
 
 def _tied(network: Network, found: list[Bundle]) -> list[Bundle]:
-    """Bundles in which groups are together that the class cannot give different widths: the directions of a bidirectional layer of Keras."""
+    """Bundles in which groups are together that the class cannot give different widths: the two directions of Keras."""
     module = network.module
     pairs = module.directions() if isinstance(module, KerasModule) else {}
     names = [group.name for bundle in found for group, _ in bundle]
