@@ -26,7 +26,8 @@ BETWEEN = (
     "reshape",
 )
 # What leaves the values of a parameter or constant as they are.
-KEEPING = ("view", "reshape", "to", "_to_copy", "lift_fresh_copy", "detach", "clone", "contiguous")
+_KEEPING = "view reshape to _to_copy lift_fresh lift_fresh_copy alias detach clone contiguous"
+KEEPING = _KEEPING.split()
 FLAT = ("linear", "matmul")
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
