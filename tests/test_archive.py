@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from networks import build
 from tinier.errors import InputError, ModelError
@@ -96,3 +97,12 @@ def test_wrong_archives_and_examples_are_refused(tmp_path: Path) -> None:
         load(file)
     with pytest.raises(ModelError, match="no such file"):
         load(tmp_path / "absent.pt2")
+
+
+def test_writes_in_place_are_written(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 2)).eval()
+    network, file = load(module, torch.randn(4, 8)), tmp_path / "model.pt2"
+    write(network.traced, network.example, file)
+    again = load(file, network.example)
+    torch.testing.assert_close(again(network.example), network(network.example))
+    assert ChannelPruning(keep=0.5).plan(again).edits

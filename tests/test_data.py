@@ -429,7 +429,9 @@ def test_module_and_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert examples.origin == "mytask_of_tests:valid" and len(examples) == 3
     with pytest.raises(DataError, match=r"wrong\(\) gave a str"):
         read("mytask_of_tests:wrong", VECTOR)
-    with pytest.raises(DataError, match=r"broken\(\) failed: ZeroDivisionError"):
+    with pytest.raises(
+        DataError, match=r"broken\(\) failed at .*:7: return 1 / 0: ZeroDivisionError"
+    ):
         read("mytask_of_tests:broken", VECTOR)
     with pytest.raises(DataError, match="no function none; it has"):
         import_function("mytask_of_tests:none")

@@ -19,7 +19,7 @@ from torch import Tensor
 import tinier
 from tinier.edits.base import Plan
 from tinier.edits.slice import Slice, prove
-from tinier.errors import ModelError, OutputError
+from tinier.errors import ModelError, OutputError, RefusedError
 from tinier.graph.groups import channel_groups
 from tinier.modules.keras import KerasModule
 from tinier.modules.keras_parts import keras_on_torch
@@ -276,6 +276,58 @@ def test_own_classes() -> None:
     smaller = plan.apply(network).module
     assert isinstance(smaller, KerasModule) and isinstance(smaller.model, Subclassed)
     assert smaller.model.width == 6
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("inner", ["LSTM", "GRU"])
+def test_both_directions_keep_the_same_width(inner: str, uniform: bool, tmp_path: Path) -> None:
+    keras.utils.set_random_seed(0)
+    layer = L.Bidirectional(getattr(L, inner)(16, return_sequences=True))
+    with torch.no_grad():  # one direction alone would lose more than the other
+        model = sequence(keras.Input((4, 5)), layer, L.Flatten(), L.Dense(3))
+        for variable in layer.backward_layer.trainable_variables:
+            variable.assign(variable.value * 3)
+    smaller = tinier.prune(model, keep=0.5, uniform=uniform)
+    slices = [edit for edit in smaller.plan.edits if isinstance(edit, Slice)]
+    assert len(slices) == 2 and len(slices[0].kept) == len(slices[1].kept) < 16
+    tinier.save(smaller, tmp_path / "smaller.keras")
+    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    again = keras.saving.load_model(tmp_path / "smaller.keras")
+    torch.testing.assert_close(again(x), smaller.model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_only_training_uses_is_cut_along() -> None:
+    keras.utils.set_random_seed(0)
+    layer = L.SpectralNormalization(L.Dense(16))
+    model = sequence(keras.Input((6,)), layer, L.ReLU(), L.Dense(3))
+    smaller = tinier.prune(model, keep=0.5)
+    made: Any = smaller.model
+    (kept,) = (edit.kept for edit in smaller.plan.edits if isinstance(edit, Slice))
+    vector = made.layers[0].vector_u.value
+    assert torch.equal(vector, layer.vector_u.value[:, list(kept)])
+    made(torch.zeros(2, 6), training=True)
+
+
+def test_layers_without_weights_are_refused_before_anything_runs() -> None:
+    model = Subclassed(16)
+    for built in (False, True):
+        if built:
+            with pytest.warns(UserWarning, match="despite not being actually built"):
+                model.build((None, 8))  # the model, not its layers
+        with pytest.raises(
+            ModelError, match=r"have no weights yet; call it once on data: model\(x\)"
+        ):
+            load(model, np.zeros((2, 8), np.float32))
+        assert not model.first.built
+    model(np.zeros((2, 8), np.float32))
+    assert tinier.prune(model, np.zeros((2, 8), np.float32)).kept
+
+
+def test_flat_models_have_no_blocks_and_are_told_so() -> None:
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, L.Dense(3)(L.Add()([inputs, L.Dense(8)(inputs)])))
+    with pytest.raises(RefusedError, match="module of its own"):
+        tinier.prune(model, depth=1)
 
 
 def test_what_keras_cannot_rebuild_comes_back_as_graph(tmp_path: Path) -> None:

@@ -285,14 +285,25 @@ class TestKinds:
         same(smaller, model)
 
     @pytest.mark.parametrize(
-        ("kind", "layers", "two_ways"),
-        [(nn.LSTM, 2, True), (nn.GRU, 2, False), (nn.LSTM, 1, False)],
+        ("kind", "layers", "two_ways", "options"),
+        [
+            (nn.LSTM, 2, True, {}),
+            (nn.GRU, 2, False, {}),
+            (nn.LSTM, 1, False, {}),
+            (nn.RNN, 1, False, {}),
+            (nn.RNN, 2, True, {"nonlinearity": "relu"}),
+            (nn.GRU, 2, True, {"bias": False}),
+        ],
     )
-    def test_recurrent_units(self, kind: type[nn.Module], layers: int, two_ways: bool) -> None:
+    def test_recurrent_units(
+        self, kind: type[nn.Module], layers: int, two_ways: bool, options: dict[str, Any]
+    ) -> None:
         class Net(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.rnn = kind(6, 10, num_layers=layers, batch_first=True, bidirectional=two_ways)
+                self.rnn = kind(
+                    6, 10, num_layers=layers, batch_first=True, bidirectional=two_ways, **options
+                )
                 self.fc = nn.Linear(20 if two_ways else 10, 5)
 
             def forward(self, x: Tensor) -> Tensor:
@@ -300,22 +311,23 @@ class TestKinds:
 
         model = seeded(Net)
         rnn = dict(model.rnn.named_parameters())  # type: ignore[union-attr, operator]
+        first = 0 if kind is nn.RNN else 20  # of the rows of the candidate
         with torch.no_grad():
             for name, p in rnn.items():
-                p[20:22] = 0  # units 0 and 1 never start
+                p[first : first + 2] = 0  # units 0 and 1 never start
                 if "weight_hh" in name:
                     p[:, 7] = 0  # unit 7 is not read: not by its layer,
                 if "weight_ih_l1" in name:
                     p[:, 7::10] = 0  # not by the next,
             model.get_parameter("fc.weight")[:, 7::10] = 0  # and not by the end
-            rnn["weight_hh_l0"][25, 0] = 1.0  # what is zero may be read
+            rnn["weight_hh_l0"][first + 5, 0] = 1.0  # what is zero may be read
         smaller = tinier.shrink(model, normal(3, 7, 6))
         assert list(widths(smaller).values()) == [7]
         same(smaller, model)
         if layers > 1:
             return
         with torch.no_grad():
-            rnn["bias_ih_l0"][20] = 0.1  # now unit 0 moves
+            rnn["bias_ih_l0"][first] = 0.1  # now unit 0 moves
         again = tinier.shrink(model, normal(3, 7, 6))
         assert list(widths(again).values()) == [8]
         same(again, model)

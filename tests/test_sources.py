@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import tinier
 from tinier.errors import ModelError
 from tinier.graph.states import quiet
 from tinier.methods.channel_pruning import ChannelPruning
@@ -24,6 +25,7 @@ from tinier.sources import onnx_compare
 from tinier.sources.load import load
 from tinier.statistics import collect
 from tinier.targets.onnx_file import write_onnx
+from tinier.verbs.disk import write_all
 
 
 class Small(nn.Module):
@@ -644,6 +646,47 @@ def test_a_hugging_face_image_model(tmp_path: Path) -> None:
     network = load(tmp_path)
     assert network.example["pixel_values"].shape == (2, 3, 16, 16)
     assert network.traced.batched
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart", "Whisper"])
+def test_hugging_face_encoders_with_a_decoder(kind: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"vocab_size": 60, "d_model": 16, "pad_token_id": 0}
+    options |= {"decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "T5":
+        options |= {"d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
+    for side in ("encoder", "decoder"):
+        options |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 24}
+    if kind == "Whisper":
+        options |= {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 20}
+    config = getattr(transformers, f"{kind}Config")(**options)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    model.save_pretrained(tmp_path)
+    network = load(tmp_path)
+    assert network.example["decoder_input_ids"].shape == (2, 12)
+    if kind == "Whisper":
+        assert network.example["input_features"].shape == (2, 8, 20)
+    with torch.no_grad():
+        wanted = model(**network.example, use_cache=False).logits
+    torch.testing.assert_close(network(network.example)[0], wanted)
+    longer = {k: torch.cat([v, v], 1) for k, v in network.example.items() if v.ndim == 2}
+    longer["decoder_input_ids"] = longer["decoder_input_ids"][:, :17]
+    inputs = {**network.example, **longer}
+    with torch.no_grad():
+        torch.testing.assert_close(network.traced.module(**inputs)[0], network(inputs)[0])
+    assert ChannelPruning(keep=0.8, round_to=1).plan(network).edits
+
+
+def test_folders_of_results_name_the_file_in_them(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    smaller = tinier.prune(model, torch.randn(2, 8))
+    tinier.save(smaller, tmp_path / "saved")
+    with pytest.raises(ModelError, match=r"tinier.load\('.*saved', into=model\) rebuilds"):
+        load(tmp_path / "saved")
+    write_all(smaller, tmp_path / "all")
+    with pytest.raises(ModelError, match=r"name the model in it: .*model\.pt2") as caught:
+        load(tmp_path / "all")
+    load(Path(str(caught.value).rpartition(": ")[2]))
 
 
 def test_bad_hugging_face_directories(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,10 @@ from tinier.graph import trace as tracing
 from tinier.graph.trace import Traced
 from tinier.modules.masked import masks_of, release
 
-Example = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+# What networks take: by name, by position, or the only input.
+Inputs = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+Array = np.ndarray[Any, Any]
+Example = Inputs | Mapping[str, Array] | Sequence[Array] | Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +102,27 @@ class Network:
         return replace(self, module=copy.deepcopy(self.module))
 
 
-def name_inputs(module: nn.Module, example: Example) -> dict[str, Tensor]:
+def as_tensors(example: Example | None, kind: torch.dtype = torch.float32) -> Inputs | None:
+    """An example with tensors in place of NumPy arrays.
+
+    Args:
+        example: of arrays, tensors or both.
+        kind: the type of arrays of float64, which NumPy makes where nothing else is asked for.
+    """
+
+    def tensor(value: Any) -> Any:
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+            return value  # what is neither is refused with its name
+        return torch.from_numpy(value.copy()).to(kind if value.dtype == np.float64 else None)
+
+    if isinstance(example, Mapping):
+        return {name: tensor(value) for name, value in example.items()}
+    if example is None or isinstance(example, Tensor):
+        return example
+    return (tensor(example),) if isinstance(example, np.ndarray) else [*map(tensor, example)]
+
+
+def name_inputs(module: nn.Module, example: Inputs) -> dict[str, Tensor]:
     """Example inputs by name: the names that the module's ``forward`` gives its positional arguments.
 
     Args:
@@ -117,10 +141,18 @@ def name_inputs(module: nn.Module, example: Example) -> dict[str, Tensor]:
         for name, parameter in parameters.items()
         if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     ]
+    nameless = ""
+    if any(p.kind is Parameter.VAR_POSITIONAL for p in parameters.values()):
+        nameless = (
+            f"{type(module).__name__}.forward takes *args, which have no names; name its inputs, as in "
+            "forward(self, x, mask), or give a module around it that does"
+        )
     if isinstance(example, Mapping):
         named = dict(example)
         takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
         unknown = [name for name in named if name not in parameters and not takes_any]
+        if unknown and nameless:
+            raise ModelError(nameless)
         if unknown:
             raise ModelError(
                 f"{type(module).__name__}.forward has no input {', '.join(unknown)}; "
@@ -128,6 +160,8 @@ def name_inputs(module: nn.Module, example: Example) -> dict[str, Tensor]:
             )
     else:
         values = [example] if isinstance(example, Tensor) else list(example)
+        if len(values) > len(positional) and nameless:
+            raise ModelError(nameless)
         if len(values) > len(positional):
             raise ModelError(
                 f"the example has {len(values)} inputs, but {type(module).__name__}.forward takes "

@@ -178,8 +178,11 @@ def linearize(
     data: Annotated[str, typer.Option(help="Examples, a few hundred, that lines are fitted to.")],
     out: Out,
     keep: Annotated[
-        float, typer.Option(help="Share of the activation functions that stay.")
-    ] = 0.75,
+        float | None,
+        typer.Option(
+            help="Share of the activation functions that stay; without it those leave, at most a quarter, that let layers merge."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Replace the activation functions that matter least by straight lines, and merge the layers between them."""

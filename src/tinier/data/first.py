@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from tinier.data.npz import arrays_of
-from tinier.data.python import FUNCTION, import_function
+from tinier.data.python import FUNCTION, call_function
 from tinier.data.reader import LABELS
 from tinier.errors import DataError
 
@@ -32,7 +32,7 @@ def first_inputs(data: Any) -> First | None:
         DataError: there is no example to take.
     """
     if isinstance(data, str) and FUNCTION.fullmatch(data) and not Path(data).exists():
-        return first_inputs(import_function(data)())
+        return first_inputs(call_function(data))
     if isinstance(data, str | Path):
         path = Path(data)
         if path.suffix.lower() != ".npz" or not path.is_file():

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from tinier.data.base import Arrays, Batch, Examples, Store
 from tinier.data.reader import Options, Reader, has_label_name, plain_labels
 from tinier.errors import DataError
+from tinier.graph.origin import line_of
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -36,9 +37,10 @@ def import_function(spec: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
+        where = line_of(error)
         raise DataError(
             f"{spec}: the module {module_name} cannot be imported from the current folder or the "
-            f"Python path: {type(error).__name__}: {error}"
+            f"Python path: {type(error).__name__}: {error}{f' at {where}' if where else ''}"
         ) from error
     finally:
         if added:
@@ -48,6 +50,22 @@ def import_function(spec: str) -> Callable[..., Any]:
         have = ", ".join(key for key, value in vars(module).items() if callable(value)) or "none"
         raise DataError(f"{spec}: {module_name} has no function {name}; it has {have}")
     return function  # type: ignore[no-any-return]
+
+
+def call_function(spec: str) -> Any:
+    """What the function that ``module:function`` names returns.
+
+    Raises:
+        DataError: there is none, or it fails; the message has the line of the user's file.
+    """
+    function = import_function(spec)
+    try:
+        return function()
+    except Exception as error:
+        where = line_of(error)
+        raise DataError(
+            f"{spec}() failed{f' at {where}' if where else ''}: {type(error).__name__}: {error}"
+        ) from error
 
 
 class Items(Store):
@@ -171,12 +189,7 @@ class PythonReader(Reader):
     def read(self, spec: Any, example: Mapping[str, Tensor], options: Options) -> Examples:
         names = tuple(example)
         if isinstance(spec, str):
-            try:
-                made = import_function(spec)()
-            except DataError:
-                raise
-            except Exception as error:
-                raise DataError(f"{spec}() failed: {type(error).__name__}: {error}") from error
+            made = call_function(spec)
             if isinstance(made, str) or not self.accepts(made):
                 raise DataError(
                     f"{spec}() gave a {type(made).__name__}; a Dataset, a DataLoader, a tuple (x, y) "

@@ -12,9 +12,11 @@ from tinier.edits.base import Edit
 from tinier.edits.config import parts
 from tinier.edits.proof import NOT_PROVED, TOLERANCE, difference, on_meta, random_inputs
 from tinier.edits.slice import named
+from tinier.edits.stock_keras_layers import without_blocks
 from tinier.errors import RefusedError
 from tinier.graph.blocks import Block, blocks, without
 from tinier.graph.groups import channel_groups
+from tinier.modules.keras import KerasModule
 from tinier.modules.skip import Skip
 from tinier.network import Network
 
@@ -93,6 +95,11 @@ def _equal(original: Network, candidate: Network, dropped: list[Block]) -> bool:
 def _candidates(module: nn.Module, paths: list[str]) -> Iterator[nn.Module]:
     """The user's class without the blocks: taken out of their lists, or with something that passes values on in their place."""
     if isinstance(module, fx.GraphModule):
+        return
+    if isinstance(module, KerasModule):
+        keras = without_blocks(module, paths)
+        if keras is not None:
+            yield keras
         return
     shorter = _shorter(module, paths)
     if shorter is not None:

@@ -11,13 +11,16 @@ from torch import fx, nn
 from tinier.edits.base import Edit
 from tinier.edits.proof import NOT_PROVED, TOLERANCE, difference, on_meta, random_inputs
 from tinier.edits.slice import named
+from tinier.edits.stock_keras_layers import with_lines
 from tinier.errors import RefusedError
 from tinier.graph.activations import Activation, Line, activations, straightened
 from tinier.graph.macs import module_path
 from tinier.modules.affine import ChannelAffine
+from tinier.modules.keras import KerasModule
 from tinier.network import Network
 
 Found = list[tuple[Activation, Line]]
+GRAPH = "what is left is the traced graph: not every activation function is a module of its own, whose place a line could take"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Linearize(Edit):
         activation: its name, as ``graph.activations`` gives it.
         slope: of each channel.
         intercept: of each channel.
+        score: by which it was chosen; None where it was not.
     """
 
     kind: ClassVar[str] = "linearize"
@@ -35,10 +39,12 @@ class Linearize(Edit):
     activation: str
     slope: tuple[float, ...]
     intercept: tuple[float, ...]
+    score: float | None = None
 
     def row(self) -> tuple[str, str]:
         """The activation, and what stands there now."""
-        return self.activation, f"{len(self.slope)} lines"
+        score = "" if self.score is None else f", score {self.score:.2g}"
+        return self.activation, f"{len(self.slope)} lines{score}"
 
     @classmethod
     def apply_all(cls, edits: list[Edit], network: Network) -> Network:
@@ -73,14 +79,17 @@ class Linearize(Edit):
             if on_meta(network):
                 return candidate.noted(NOT_PROVED)
             if _equal(network, candidate, found):
-                return candidate.noted(*network.notes)
+                lost = isinstance(module, fx.GraphModule) > isinstance(
+                    network.module, fx.GraphModule
+                )
+                return candidate.noted(*network.notes, *([GRAPH] if lost else []))
         raise RefusedError(
             f"{network.name}: with lines for {', '.join(one.name for one, _ in found)} it is not the original with lines there"
         )
 
 
 def _equal(original: Network, candidate: Network, found: Found) -> bool:
-    lines = {one.node: (line, one.dim) for one, line in found}
+    lines = dict(found)
     for inputs in (random_inputs(original, seed=0), dict(original.example)):
         wanted = straightened(original.traced, lines, inputs)
         try:
@@ -98,7 +107,11 @@ def _equal(original: Network, candidate: Network, found: Found) -> bool:
 
 
 def _candidates(network: Network, found: Found) -> Iterator[nn.Module]:
-    if not isinstance(network.module, fx.GraphModule):
+    if isinstance(network.module, KerasModule):
+        keras = with_lines(network.module, found)
+        if keras is not None:
+            yield keras
+    elif not isinstance(network.module, fx.GraphModule):
         module = copy.deepcopy(network.module)
         if all(_replaced(module, one, line) for one, line in found):
             module.train(network.module.training)
@@ -116,23 +129,29 @@ def _replaced(module: nn.Module, one: Activation, line: Line) -> bool:
     if not path or next(leaf.children(), None) is not None:
         return False
     parent, _, name = path.rpartition(".")
-    reference = next(module.parameters(), line.slope)
-    affine = ChannelAffine(line.slope, line.intercept, one.dim).to(reference)
-    setattr(module.get_submodule(parent), name, affine)
+    setattr(module.get_submodule(parent), name, _affine(module, one, line))
     return True
+
+
+def _affine(module: nn.Module, one: Activation, line: Line) -> ChannelAffine:
+    """The line in the type of the network's parameters, frozen where all of them are."""
+    parameters = list(module.parameters())
+    made = ChannelAffine(line.slope, line.intercept, one.dim)
+    if not parameters:
+        return made
+    return made.to(parameters[0]).requires_grad_(any(p.requires_grad for p in parameters))
 
 
 def _graph(network: Network, found: Found) -> fx.GraphModule:
     traced = network.traced
     module = copy.deepcopy(traced.module)
     nodes = dict(zip(traced.module.graph.nodes, module.graph.nodes, strict=True))
-    reference = next(module.parameters(), torch.zeros(1))
     for number, (one, line) in enumerate(found):
         node = nodes[one.node]
         name = f"line_{number}"
         while hasattr(module, name):
             name += "_"
-        module.add_module(name, ChannelAffine(line.slope, line.intercept, one.dim).to(reference))
+        module.add_module(name, _affine(module, one, line))
         rank = one.node.meta["val"].ndim
         shape = [1] * rank
         shape[one.dim] = one.channels
@@ -142,7 +161,7 @@ def _graph(network: Network, found: Found) -> fx.GraphModule:
             intercept = module.graph.get_attr(f"{name}.intercept")
             slope = module.graph.call_function(aten.view.default, (slope, shape))
             intercept = module.graph.call_function(aten.view.default, (intercept, shape))
-            product = module.graph.call_function(aten.mul.Tensor, (node.args[0], slope))
+            product = module.graph.call_function(aten.mul.Tensor, (nodes[one.source], slope))
             line_node = module.graph.call_function(aten.add.Tensor, (product, intercept))
         node.replace_all_uses_with(line_node)
     module.graph.eliminate_dead_code()

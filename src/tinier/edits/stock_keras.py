@@ -57,6 +57,8 @@ GROUPED = {
 }
 # Class → config key of the shape that its result gets, without the batch or with it.
 SHAPED = {"Reshape": ("target_shape", "newshape")}
+# Class → its own variable → (ends of the variable that it follows, its dimension, that of the other).
+FOLLOWING = {"SpectralNormalization": {"vector_u": ((".kernel", ".embeddings"), 1, -1)}}
 # The scale of attention follows from its head size; the query's weights take the difference.
 SCALED = {"MultiHeadAttention": "key_dim", "GroupedQueryAttention": "head_dim"}
 
@@ -92,6 +94,7 @@ class _Resized:
         self.along = kept_along(channels, kept)
         self.axes = channels.parameters
         self.old = {name: tuple(v.shape) for name, v in module.variables.items()}
+        self._follow()
         self.new = {
             name: tuple(
                 len(self.along.get(name, {})[dim]) if dim in self.along.get(name, {}) else length
@@ -120,10 +123,24 @@ class _Resized:
                 value = value.index_select(dim, indices)
             result[name] = value
         for operation, path in operations(self.module.model):
-            for kind in _kinds(operation):
+            for kind in kinds_of(operation):
                 if kind in SCALED:
                     self._rescale(path, result)
         return result
+
+    def _follow(self) -> None:
+        """Variables that only training uses, and no graph shows, lose what theirs do."""
+        for operation, path in operations(self.module.model):
+            for kind in kinds_of(operation):
+                for name, (ending, dim, along) in FOLLOWING.get(kind, {}).items():
+                    for source, cut in list(self.along.items()):
+                        last = len(self.old.get(source, ())) + along
+                        if (
+                            source.startswith(f"{path}.")
+                            and source.endswith(ending)
+                            and last in cut
+                        ):
+                            self.along[f"{path}.{name}"] = {dim: cut[last]}
 
     def _rescale(self, path: str, values: dict[str, Tensor]) -> None:
         kernel = self._variable(path, "query.kernel")
@@ -134,7 +151,7 @@ class _Resized:
                     values[name] = values[name] * (after / before) ** 0.5
 
     def _config(self, operation: Any, path: str) -> dict[str, Any]:
-        kinds = _kinds(operation)
+        kinds = kinds_of(operation)
         known = [kind for kind in kinds if kind in WIDTHS or kind in GROUPED]
         if "InputLayer" in kinds:
             return self._input(operation, path)
@@ -260,7 +277,7 @@ class _Resized:
         return found
 
 
-def _kinds(operation: Any) -> list[str]:
+def kinds_of(operation: Any) -> list[str]:
     """Names of its classes that are Keras's own, its own first."""
     return [
         kind.__name__ for kind in type(operation).__mro__ if kind.__module__.startswith("keras.")

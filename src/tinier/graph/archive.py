@@ -100,6 +100,7 @@ def _bare(traced: Traced, example: Mapping[str, Tensor]) -> ExportedProgram:
         module_call_graph=[entry],
         example_inputs=((), zeros),
         constants=exported.constants,
+        verifiers=exported.verifiers,  # the graph may write in place, as nn.ReLU(inplace=True) does
     )
 
 

@@ -274,18 +274,17 @@ def _pad(run: Known, node: fx.Node, value: Tensor) -> Tensor:
 def _recurrent(run: Known, node: fx.Node, value: Any) -> list[Tensor | None]:
     """Units whose candidate is zero at every step and that start at zero stay zero: h = o · tanh(c), c = f · c + i · 0.
 
-    In a GRU likewise h = (1 − z) · 0 + z · h.
+    In a GRU likewise h = (1 − z) · 0 + z · h; in a plain recurrent layer the candidate is all that there is, tanh(0) or relu(0).
     """
-    kind = operator_name(node)
-    first, *weights_from = node.args[1], *node.args[2:4]
-    parameters, has_biases = weights_from
+    first, parameters, has_biases = node.args[1:4]
     layers, two_ways = int(node.args[4]), bool(node.args[7])  # type: ignore[arg-type]
     nothing: list[Tensor | None] = [None] * len(value)
-    if kind not in ("lstm", "gru") or not isinstance(parameters, list | tuple) or not has_biases:
+    if not isinstance(parameters, list | tuple):
         return nothing
     names = [run.env[p] for p in parameters]  # type: ignore[index]
     ways = 2 if two_ways else 1
-    if len(names) != 4 * layers * ways:  # projections
+    each = 4 if has_biases else 2
+    if len(names) != each * layers * ways:  # projections
         return nothing
     start: Any = first if isinstance(first, list | tuple) else [first]
     hidden = names[1].shape[1]
@@ -296,9 +295,12 @@ def _recurrent(run: Known, node: fx.Node, value: Any) -> list[Tensor | None]:
         made = []
         for way in range(ways):
             number = layer * ways + way
-            w_in, w_own, b_in, b_own = names[4 * number : 4 * number + 4]
-            rows = slice(2 * hidden, 3 * hidden)  # the candidate, in the third place of both
-            zero = ~(w_in[rows][:, alive] != 0).any(1) & (b_in[rows] == 0) & (b_own[rows] == 0)
+            w_in, w_own, *biases = names[each * number : each * (number + 1)]
+            # The candidate is in the third place of both LSTM and GRU.
+            rows = slice(2 * hidden, 3 * hidden) if len(w_in) > hidden else slice(hidden)
+            zero = ~(w_in[rows][:, alive] != 0).any(1)
+            for bias in biases:
+                zero &= bias[rows] == 0
             for state in start:
                 zero &= ~run.not_zero(state)[number].flatten(0, -2).any(0)
             while bool((reads := (w_own[rows][:, ~zero] != 0).any(1) & zero).any()):

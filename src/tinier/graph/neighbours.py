@@ -1,6 +1,6 @@
 """Layers that became neighbours: nothing but straight lines lies between them, so that they are one layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from tinier.graph.activations import Activation
 from tinier.graph.layers import Layer, linear_layer
 from tinier.graph.rules import operator_name
 from tinier.graph.trace import Traced
@@ -24,6 +25,10 @@ BETWEEN = (
     "view",
     "reshape",
 )
+# What leaves the values of a parameter or constant as they are.
+_KEEPING = "view reshape to _to_copy lift_fresh lift_fresh_copy alias detach clone contiguous"
+KEEPING = _KEEPING.split()
+FLAT = ("linear", "matmul")
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -50,8 +55,12 @@ class Neighbours:
         return f"{self.first.weight} · {self.second.weight}"
 
 
-def neighbours(traced: Traced) -> Iterator[Neighbours]:
+def neighbours(traced: Traced, lines: Iterable[Activation] = ()) -> Iterator[Neighbours]:
     """Pairs that can be merged exactly, in the order of the graph.
+
+    Args:
+        traced: the network.
+        lines: activations that are taken for straight lines: pairs that there would be without them.
 
     Linear layers always can. Convolutions without groups and dilation can where the second does not pad; a second one that pads would see
     zeros where the first one's result goes on.
@@ -59,13 +68,15 @@ def neighbours(traced: Traced) -> Iterator[Neighbours]:
     users: dict[str, int] = {}
     for node in traced.module.graph.find_nodes(op="get_attr"):
         users[str(node.target)] = users.get(str(node.target), 0) + len(node.users)
+    straight = {one.node: one for one in lines}
     for node in traced.module.graph.nodes:
         second = linear_layer(node)
         if second is None or users[second.weight] > 1:
             continue
         chain: list[fx.Node] = []
         at: Any = second.source
-        while isinstance(at, fx.Node) and at.op == "call_function" and len(at.users) == 1:
+        within: frozenset[fx.Node] = frozenset([node])  # what may use the next one
+        while isinstance(at, fx.Node) and at.op == "call_function" and set(at.users) <= within:
             first = linear_layer(at)
             if first is not None:
                 if users[first.weight] == 1:
@@ -73,10 +84,22 @@ def neighbours(traced: Traced) -> Iterator[Neighbours]:
                     if pair is not None:
                         yield pair
                 break
-            if operator_name(at) not in BETWEEN or not _line(at):
-                break
             chain.append(at)
-            at = at.args[0]
+            if at in straight:
+                within, at = straight[at].inside, straight[at].source
+                continue
+            rows = second.kind in FLAT and _is_rows(at)
+            if operator_name(at) not in BETWEEN or not (rows or _line(at)):
+                break
+            within, at = frozenset([at]), at.args[0]
+
+
+def _is_rows(node: fx.Node) -> bool:
+    """Whether a node only arranges rows anew, as the linear layers of GPT-2 do before and behind their product."""
+    source: Any = node.args[0]
+    sizes = [node.meta["val"].shape[-1:], source.meta["val"].shape[-1:]]
+    same = all(isinstance(n, int) for size in sizes for n in size) and sizes[0] == sizes[1]
+    return operator_name(node) in ("view", "reshape") and same
 
 
 def _line(node: fx.Node) -> bool:
@@ -89,23 +112,27 @@ def _line(node: fx.Node) -> bool:
         item = others.pop()
         if item.op == "get_attr":
             continue
-        if item.op != "call_function" or operator_name(item) not in ("view", "reshape"):
+        if item.op != "call_function" or operator_name(item) not in KEEPING:
             return False
         others += [a for a in item.args if isinstance(a, fx.Node)]
     return True
 
 
 def _pair(first: Layer, second: Layer, between: tuple[fx.Node, ...]) -> Neighbours | None:
-    if first.kind != second.kind or first.kind not in ("linear", "convolution"):
+    flat = (first.kind in FLAT, second.kind in FLAT)
+    if not all(flat) and (first.kind, second.kind) != ("convolution", "convolution"):
         return None
     if first.groups != 1 or second.groups != 1:
         return None
     one = [int(n) for n in first.node.args[1].meta["val"].shape]  # type: ignore[union-attr]
     two = [int(n) for n in second.node.args[1].meta["val"].shape]  # type: ignore[union-attr]
-    if first.kind == "linear":
-        return Neighbours(
-            first, second, between, one[0] * one[1] + two[0] * two[1], two[0] * one[1]
-        )
+    if all(flat):
+        leading = [str(layer.node.meta["val"].shape[:-1]) for layer in (first, second)]
+        if leading[0] != leading[1]:
+            return None
+        inputs = one[1 if first.kind == "linear" else 0]
+        outputs = two[0 if second.kind == "linear" else 1]
+        return Neighbours(first, second, between, prod(one) + prod(two), outputs * inputs)
     if any(d != 1 for d in (*first.dilation, *second.dilation)) or any(
         sum(p) for p in second.padding
     ):
@@ -132,27 +159,27 @@ def merged_tensors(module: fx.GraphModule, pair: Neighbours) -> tuple[Tensor, Te
         pair: of it.
 
     Returns:
-        (out, in, *kernel) and (out,), in the type of the first weight.
+        (out, in, *kernel), or (in, out) where the first layer's weight is, and (out,); float64.
     """
     get = module.get_parameter
     one, two = get(pair.first.weight).detach(), get(pair.second.weight).detach()
+    flat = pair.first.kind in FLAT
     w1, w2 = one.double(), two.double()
+    if flat:
+        w1, w2 = pair.first.matrix(w1)[0], pair.second.matrix(w2)[0]
     b1 = get(pair.first.bias).detach().double() if pair.first.bias else w1.new_zeros(len(w1))
     b2 = get(pair.second.bias).detach().double() if pair.second.bias else w2.new_zeros(len(w2))
     rank = pair.first.node.meta["val"].ndim
     probe = b1.new_zeros(2, len(b1))
     probe[1] = 1
-    shape = (
-        [2, *[1] * (rank - 2), len(b1)]
-        if pair.first.kind == "linear"
-        else [2, len(b1), *[1] * (rank - 2)]
-    )
+    shape = [2, *[1] * (rank - 2), len(b1)] if flat else [2, len(b1), *[1] * (rank - 2)]
     ends = _run(module, pair.between, probe.view(shape)).reshape(2, len(b1))
     offset, scale = ends[0], ends[1] - ends[0]
     w1 = w1 * scale.view(-1, *[1] * (w1.ndim - 1))
     hidden = scale * b1 + offset
-    if pair.first.kind == "linear":
+    if flat:
         weight, bias = w2 @ w1, w2 @ hidden + b2
+        weight = weight.mT if pair.first.kind == "matmul" else weight
     else:
         spatial = w1.ndim - 2
         weight = CONVOLVE[spatial](
@@ -162,7 +189,7 @@ def merged_tensors(module: fx.GraphModule, pair: Neighbours) -> tuple[Tensor, Te
             dilation=list(pair.first.stride),
         ).transpose(0, 1)
         bias = w2.flatten(2).sum(2) @ hidden + b2
-    return weight.contiguous().to(one.dtype), bias.to(one.dtype)
+    return weight.contiguous(), bias
 
 
 def _run(module: fx.GraphModule, between: tuple[fx.Node, ...], x: Tensor) -> Tensor:
@@ -183,7 +210,7 @@ def _run(module: fx.GraphModule, between: tuple[fx.Node, ...], x: Tensor) -> Ten
         return item.target(*args)
 
     for node in between:
-        if operator_name(node) in ("dropout", "feature_dropout"):
+        if operator_name(node) in ("dropout", "feature_dropout") or _is_rows(node):
             continue
         source: Any = node.args[0]
         assert callable(node.target)

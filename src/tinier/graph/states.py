@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, each submodule's own mode again afterwards.
 
     What a generation loop of transformers keeps from step to step is no output of the network: ``use_cache`` is off inside. Numbers that
-    a ``forward`` counts up are afterwards what they were.
+    a ``forward`` counts up are afterwards what they were. What torch.compile made of its parts is not used.
     """
     plain_values = [
         (part, {k: v for k, v in vars(part).items() if type(v) in (int, float, str, bool)})
@@ -38,10 +39,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         if getattr(c, "use_cache", None) is True and hasattr(c, "to_dict")
     ]
     module.eval()
+    compiled = "torch._dynamo" in sys.modules  # else nothing is, and the import takes a second
     try:
         for config in caching:
             config.use_cache = False
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            yield
     finally:
         for config in caching:
             config.use_cache = True
@@ -53,14 +56,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what torch says to its own developers while it traces and exports."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.export", "torch.onnx", "torch.fx", "onnxscript")
-    ]
+    """Silence what torch says to its own developers while it traces and exports; what stops it comes as an exception, too."""
+    # Those of its parts take the level of "torch", but where they have been given their own.
+    names = ("torch", "torch.export", "torch.onnx", "torch.fx", "onnxscript")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

@@ -1,12 +1,11 @@
 """What a network computes: one graph of ATen operators, with free batch size."""
 
-import sysconfig
-import traceback
+import contextlib
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import getitem
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +18,9 @@ from tinier.errors import ModelError
 from tinier.graph.capture import DependsOnData, capture, register
 from tinier.graph.fast import record
 from tinier.graph.functional import without_writes
+from tinier.graph.origin import line_of
 from tinier.graph.states import evaluating, forgotten, quiet
 from tinier.graph.unfuse import unfuse
-
-_TORCH = str(Path(torch.__file__).parent)
-_TINIER = str(Path(__file__).parent.parent)
-_PYTHON = sysconfig.get_path("stdlib")
 
 MOST_BATCH = 2**16  # a batch size that is free up to here is free
 
@@ -77,7 +73,7 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         Tenths of a second for a hundred operators, seconds where torch.export is needed; no run of the network and no copy of its
         parameters, but where torch.export fails.
     """
-    _check(module)
+    check(module)
     names = tuple(example)
     with evaluating(module):
         forgotten(module)
@@ -157,12 +153,24 @@ def _is_free(size: Any) -> bool:
     return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
-def _check(module: nn.Module) -> None:
-    """Refuse modules that nothing can trace, with a way out."""
-    if isinstance(module, torch.jit.ScriptModule):
-        raise ModelError(
-            "the network is TorchScript, which hides its operators; give the nn.Module that it was made from, or export it to ONNX"
-        )
+def check(module: nn.Module) -> None:
+    """Refuse modules that nothing can trace, with a way out; nothing is run, which would give lazy layers their shapes.
+
+    Raises:
+        ModelError: TorchScript, lazy layers that were never run, or layers that are quantized already.
+    """
+    for path, part in module.named_modules():
+        named = f"its module {path}" if path else "the network"
+        if isinstance(part, torch.jit.ScriptModule) and (
+            not path or next(part.parameters(), None) is not None
+        ):
+            raise ModelError(
+                f"{named} is TorchScript, which hides its operators; give the nn.Module that it was made from, or export it to ONNX"
+            )
+        if type(part).__module__.startswith("torch.ao.nn.quantized"):
+            raise ModelError(
+                f"{named} is already quantized ({part._get_name()}); give the float model, and quantize the smaller one"
+            )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ModelError(
@@ -175,8 +183,14 @@ def _export(
 ) -> ExportedProgram:
     free = _dims(example) if dims is None else dims
     dynamic = {name: dict.fromkeys(free[name], Dim.AUTO) for name in example}
-    with quiet(), torch.no_grad():
-        return torch.export.export(module, (), dict(example), dynamic_shapes=dynamic, strict=False)
+    # torch.export prints the graph so far of what it cannot take.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        found = torch.export.export(module, (), dict(example), dynamic_shapes=dynamic, strict=False)
+        # Inside of torch.vmap tensors lack the dimension that it maps over; a run below it has the operators on whole tensors.
+        mapped = any(
+            getattr(node.target, "__name__", "") == "_add_batch_dim" for node in found.graph.nodes
+        )
+        return found.run_decompositions({}) if mapped else found
 
 
 def _free(tensor: Tensor) -> range:
@@ -197,7 +211,7 @@ def _captured(
     module: nn.Module, example: Mapping[str, Tensor], error: Exception
 ) -> tuple[nn.Module, Any]:
     """The network as a recorded run of it; raises ModelError, with what stopped torch.export, where there is none."""
-    if any(t.is_meta for t in (*module.state_dict().values(), *example.values())):
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers(), *example.values())):
         raise _refusal(error) from error  # there is nothing to run
     free = []
     for dim in range(max(tensor.ndim for tensor in example.values())):
@@ -224,34 +238,6 @@ def _refusal(error: Exception, second: Exception | None = None) -> ModelError:
         )
     also = f"\n  a recorded run failed, too: {_first_lines(second, 2)}" if second else ""
     return ModelError(f"the network cannot be traced{where}: {_first_lines(error)}{also}")
-
-
-def line_of(error: BaseException) -> str | None:
-    """The line of the user's model that an error came from, as ``file:line: source``; None if it was none of theirs.
-
-    The innermost frame outside of torch, of tinier and of Python itself, over the error and what caused it.
-    """
-    found = None
-    seen: BaseException | None = error
-    while seen is not None:
-        for frame in traceback.extract_tb(seen.__traceback__):
-            if _is_model(frame.filename):
-                found = frame
-        if found is not None:
-            break
-        seen = seen.__cause__ or seen.__context__
-    if found is None:
-        return None
-    path = Path(found.filename)
-    name = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"{name}:{found.lineno}: {found.line}"
-
-
-def _is_model(file: str) -> bool:
-    installed = "site-packages" in file
-    return not file.startswith((_TORCH, _TINIER, "<")) and (
-        installed or not file.startswith(_PYTHON)
-    )
 
 
 def plain(exported: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from tinier.edits.base import Plan
 from tinier.edits.linearize import Linearize
@@ -19,6 +19,7 @@ from tinier.statistics import Statistics
 from tinier.units import is_number, is_whole
 
 SCORES = ("output", "fit")
+KEEP = 0.75
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class ActivationRemoval(Method):
     the network's output with the line in place, ‖f(x) − f′(x)‖² / ‖f(x) − mean f‖², given those linearized before.
 
     Attributes:
-        keep: the share of the activation functions that stay, in [0, 1].
+        keep: the share of the activation functions that stay, in [0, 1]; None for 0.75, where none leaves but those between two layers
+            that become one of fewer MACs without it.
         count: how many leave instead.
         score: "output" or "fit".
         merge: whether layers are merged where one of them takes fewer MACs than two.
@@ -44,13 +46,13 @@ class ActivationRemoval(Method):
 
     name: ClassVar[str] = "activation_removal"
 
-    keep: float = 0.75
+    keep: float | None = None
     count: int | None = None
     score: str = "output"
     merge: bool = True
 
     def __post_init__(self) -> None:
-        if not is_number(self.keep) or not 0 <= self.keep <= 1:
+        if self.keep is not None and (not is_number(self.keep) or not 0 <= self.keep <= 1):
             raise InputError(f"keep={self.keep!r}: a share in [0, 1] is needed")
         if self.count is not None and (not is_whole(self.count) or self.count < 0):
             raise InputError(
@@ -74,9 +76,14 @@ class ActivationRemoval(Method):
             With "output", a run of the network on the samples for each function that is left, for each that leaves.
         """
         found = activations(network.traced)
-        count = self.count
-        if count is None:
-            count = ceil((1 - self.keep) * len(found) - 1e-9)
+        if self.asked or not self.merge:
+            count = (
+                ceil((1 - self._share) * len(found) - 1e-9) if self.count is None else self.count
+            )
+            candidates = found
+        else:
+            candidates = tuple(merging(network, found))
+            count = min(ceil((1 - self._share) * len(found) - 1e-9), len(candidates))
         if count > len(found):
             raise RefusedError(
                 f"{network.name}: {count} activation functions were to leave, there are {len(found)}"
@@ -86,31 +93,42 @@ class ActivationRemoval(Method):
         if statistics is None or not statistics.lines:
             raise InputError("removing activation functions needs data: lines are fitted to it")
         if self.score == "fit":
-            chosen = sorted(found, key=lambda one: statistics.lines[one.name].error)[:count]
+            errors = {one: statistics.lines[one.name].error for one in candidates}
+            chosen = dict(sorted(errors.items(), key=lambda pair: pair[1])[:count])
         else:
-            chosen = self._greedy(network, found, count, statistics)
-        order = {one.name: place for place, one in enumerate(found)}
+            chosen = self._greedy(network, candidates, count, statistics)
         edits = []
-        for one in sorted(chosen, key=lambda one: order[one.name]):
-            line = statistics.lines[one.name].line
-            slope, intercept = (tuple(t.float().tolist()) for t in (line.slope, line.intercept))
-            edits.append(Linearize(one.name, slope, intercept))
+        for one in found:
+            if one in chosen:
+                line = statistics.lines[one.name].line
+                slope, intercept = (tuple(t.float().tolist()) for t in (line.slope, line.intercept))
+                edits.append(Linearize(one.name, slope, intercept, chosen[one]))
         plan = Plan(tuple(edits))
         return plan + self._merges(plan.apply(network)) if self.merge else plan
 
+    @property
+    def asked(self) -> bool:
+        """Whether somebody has said how many leave."""
+        return self.keep is not None or self.count is not None
+
+    @property
+    def _share(self) -> float:
+        return KEEP if self.keep is None else self.keep
+
     def _greedy(
         self, network: Network, found: Sequence[Activation], count: int, statistics: Statistics
-    ) -> list[Activation]:
+    ) -> dict[Activation, float]:
+        """The functions that leave, and what the output had changed when they were chosen."""
         samples = statistics.samples or (network.example,)
-        chosen: list[Activation] = []
+        chosen: dict[Activation, float] = {}
         for _ in range(count):
-            rest = [one for one in found if one not in chosen]
-            lines = {one.node: (statistics.lines[one.name].line, one.dim) for one in chosen}
             changes = {}
-            for one in rest:
-                trial = {**lines, one.node: (statistics.lines[one.name].line, one.dim)}
-                changes[one.name] = output_change(network, trial, samples)
-            chosen.append(min(rest, key=lambda one: changes[one.name]))
+            for one in found:
+                if one not in chosen:
+                    lines = {each: statistics.lines[each.name].line for each in (*chosen, one)}
+                    changes[one] = output_change(network, lines, samples)
+            best = min(changes, key=lambda one: changes[one])
+            chosen[best] = changes[best]
         return chosen
 
     def _merges(self, network: Network) -> Plan:
@@ -123,9 +141,20 @@ class ActivationRemoval(Method):
             network, plan = step.apply(network), plan + step
 
 
+def merging(network: Network, found: Sequence[Activation]) -> list[Activation]:
+    """Those of some activations that alone stand between two layers which would be one of fewer MACs."""
+    nodes = {one.node: one for one in found}
+    result = []
+    for pair in neighbours(network.traced, found):
+        between = [nodes[node] for node in pair.between if node in nodes]
+        if len(between) == 1 and pair.merged < pair.macs:
+            result.append(between[0])
+    return result
+
+
 def output_change(
     network: Network,
-    lines: Mapping[fx.Node, tuple[Line, int]],
+    lines: Mapping[Activation, Line],
     samples: Sequence[Mapping[str, Tensor]],
 ) -> float:
     """How much the float outputs change with lines in place, relative to their variance over the samples."""

@@ -21,6 +21,7 @@ from tinier.network import Network
 from tinier.statistics import Statistics
 
 ROUNDS = 50  # a channel whose readers all left may leave in the next; networks are seldom deeper
+FLAT = ("linear", "matmul", "mm")  # readers whose weight is a matrix
 PRODUCTS = (*LINEAR, *CONVOLUTION, *TRANSPOSED, "mv", "dot", "addmv", "einsum")
 
 
@@ -203,13 +204,17 @@ class _Search:
     def _fold(self, run: Known, node: fx.Node, group: Group) -> tuple[str, Tensor, Tensor] | None:
         """Where a reader's constants go, which channels are constants, and what each adds: (entries, channels)."""
         name, source, reader = operator_name(node), node.args[0], node.args[1]
-        if name not in ("linear", *CONVOLUTION[:3]) or not isinstance(source, fx.Node):
+        if name not in (*FLAT, *CONVOLUTION[:3]) or not isinstance(source, fx.Node):
             return None
-        if not isinstance(reader, fx.Node) or reader.op != "get_attr" or _padded(node):
+        if not isinstance(reader, fx.Node) or bool(run.open[reader].any()) or _padded(node):
             return None
-        target = self._takes_up(node)
-        value, weight = run.values[source], self.tensors[str(reader.target)]
-        dim = value.ndim - 1 if name == "linear" else value.ndim - weight.ndim + 1
+        value, weight = run.values[source], run.values[reader]
+        if name != "linear" and name in FLAT:
+            weight = weight.mT
+        if name in FLAT and weight.ndim != 2:
+            return None
+        dim = value.ndim - weight.ndim + 1
+        target, scale = self._takes_up(run, node, dim)
         spots = [path for d, path in self._occurs(source, group) if d == dim]
         if target is None or len(spots) != 1 or len(self._occurs(source, group)) != 1:
             return None
@@ -225,21 +230,56 @@ class _Search:
         inside = index >= 0
         per_channel = torch.zeros(len(terms), group.size, dtype=torch.float64)
         per_channel.index_add_(1, index[inside], terms[:, inside])
-        sign = -1.0 if target.endswith("running_mean") else 1.0
-        return target, constant, sign * per_channel
-
-    def _takes_up(self, node: fx.Node) -> str | None:
-        """The bias of a reader, or the running mean of the one batch norm behind it, if nothing else reads that."""
-        bias = argument(node, 2, "bias")
-        if bias is None:
-            follower = next(iter(node.users))
-            if len(node.users) != 1 or operator_name(follower) != "batch_norm":
-                return None
-            if follower.args[0] is not node:
-                return None
-            bias = follower.args[3]
-        if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        if len(scale) not in (1, len(per_channel)):
             return None
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)  # a masked row adds nothing
+        return target, constant, inverse[:, None] * per_channel
+
+    def _takes_up(self, run: Known, node: fx.Node, dim: int) -> tuple[str | None, Tensor]:
+        """The bias of a reader, or the running mean of the batch norm behind it, if nothing else reads that; and what it is times.
+
+        Args:
+            run: with the values of what does not depend on the input.
+            node: the reader.
+            dim: the dimension of its result's channels.
+        """
+        scale, nothing = torch.ones(1, dtype=torch.float64), (None, torch.ones(1))
+        flat = operator_name(node) in FLAT and operator_name(node) != "linear"
+        bias: Any = None if flat else argument(node, 2, "bias")
+        before = node
+        while bias is None:  # the operators behind it, where the result goes nowhere else
+            follower = next(iter(before.users))
+            name = operator_name(follower)
+            if len(before.users) != 1 or follower.op != "call_function":
+                return nothing
+            if name == "batch_norm" and follower.args[0] is before and dim == 1:
+                bias, scale = follower.args[3], -scale
+            elif name == "add" and not follower.kwargs and len(follower.args) == 2:
+                bias = follower.args[1] if follower.args[0] is before else follower.args[0]
+                shape = getattr(run.values.get(bias), "shape", ())
+                aligned = dim - follower.meta["val"].ndim + len(shape)
+                if aligned < 0 or any(n > 1 for d, n in enumerate(shape) if d != aligned):
+                    return nothing
+            elif name == "permute":
+                order: Any = follower.args[1]
+                dim = [d % len(order) for d in order].index(dim)
+            elif name not in ("contiguous", "clone"):
+                return nothing
+            before = follower
+        while isinstance(bias, fx.Node) and bias.op == "call_function":
+            name = operator_name(bias)
+            if name == "mul" and all(isinstance(factor, fx.Node) for factor in bias.args):
+                factor: Any
+                bias, factor = bias.args  # the mask of another tool
+                if bool(run.open[factor].any()) or run.values[factor].ndim != 1:
+                    return nothing
+                scale = scale * run.values[factor].double()
+            elif name in ("view", "reshape", "unsqueeze", "contiguous", "clone"):
+                bias = bias.args[0]
+            else:
+                return nothing
+        if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+            return nothing
         name = str(bias.target)
         tensor = self.tensors[name]
         readers = [
@@ -248,7 +288,7 @@ class _Search:
             if self.tensors.get(str(other.target)) is tensor
             for user in other.users
         ]
-        return name if len(readers) == 1 else None
+        return (name, scale) if len(readers) == 1 and tensor.ndim == 1 else nothing
 
     def _unread_by_cells(self, run: Known, node: fx.Node, group: Group) -> Tensor:
         """Recurrent layers read units inside: each place must be zero, or its weights must be."""
@@ -256,8 +296,9 @@ class _Search:
         parameters: Any = node.args[2]
         units = run.units.get(node)
         per_layer = 2 if bool(node.args[7]) else 1
-        if units is None or len(parameters) != 4 * len(units):
+        if units is None:
             return torch.zeros(group.size, dtype=torch.bool)
+        each = len(parameters) // len(units)  # two weights, and their biases
         zeros = run.zeros(node.args[0])  # type: ignore[arg-type]
         assert zeros is not None
         first = zeros.flatten(0, -2).all(0)
@@ -265,7 +306,7 @@ class _Search:
             layer = number // per_layer
             below = units[(layer - 1) * per_layer : layer * per_layer] if layer else [first]
             for source, zero in zip(
-                parameters[4 * number : 4 * number + 2],
+                parameters[each * number : each * number + 2],
                 (torch.cat(below), units[number]),
                 strict=True,
             ):

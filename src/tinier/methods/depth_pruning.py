@@ -70,7 +70,8 @@ class DepthPruning(Method):
         every = self._candidates(blocks(traced, channels))
         if not every and (self.count or self.keep < 1):
             raise RefusedError(
-                f"{network.name}: no block can be dropped: none has a path around its weights and the shape of its input"
+                f"{network.name}: no block can be dropped: no submodule has a path around its weights inside, and the shape of its input; "
+                "write each residual block, its sum included, as a module of its own (with Keras a layer or a nested model)"
             )
         found = self._free(every, [*named, *(name for name, _ in network.module.named_modules())])
         if self.count is not None and self.count > len(found):

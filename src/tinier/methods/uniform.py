@@ -11,6 +11,7 @@ from tinier.edits.config import WIDTH, config_says, first_number
 from tinier.edits.config_numbers import Dim, Number, keeps_its_layers
 from tinier.graph.axes import Atom, Axis, Product, atoms, size
 from tinier.graph.groups import Channels, Group
+from tinier.modules.keras import KerasModule
 from tinier.network import Network
 
 Bundle = tuple[tuple[Group, int], ...]
@@ -59,7 +60,7 @@ class Together:
             Tuples of (group, unit): of count n the group keeps n · unit channels.
         """
         if not self.uniform:
-            return [_bundle([group]) for group in groups]
+            return _tied(self.network, [_bundle([group]) for group in groups])
         # Heads, their size and experts have numbers of their own where no width governs their dimensions.
         derived = frozenset[Dim]().union(*self.says.values())
         found = [
@@ -77,6 +78,7 @@ class Together:
                 continue
             alike.setdefault(key, []).append(group)
         found += [_bundle(same) for same in alike.values()]
+        found = _tied(self.network, found)
         free = {group.atom for group in groups}
         return [b for b in found if b and all(group.atom in free for group, _ in b)]
 
@@ -117,6 +119,21 @@ class Together:
 
 def _bundle(groups: Sequence[Group]) -> Bundle:
     return tuple((group, 1) for group in groups)
+
+
+def _tied(network: Network, found: list[Bundle]) -> list[Bundle]:
+    """Bundles in which groups are together that the class cannot give different widths: the two directions of Keras."""
+    module = network.module
+    pairs = module.directions() if isinstance(module, KerasModule) else {}
+    names = [group.name for bundle in found for group, _ in bundle]
+    for forward, backward in pairs.items():
+        for one in names:
+            if one.startswith(f"{forward}."):
+                two = backward + one.removeprefix(forward)
+                both = [b for b in found if any(group.name in (one, two) for group, _ in b)]
+                if len(both) == 2:
+                    found = [b for b in found if b not in both] + [both[0] + both[1]]
+    return found
 
 
 def _in_step(groups: list[Group]) -> Bundle:

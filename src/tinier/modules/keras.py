@@ -122,6 +122,14 @@ class KerasModule(nn.Module):
             ):  # constants that a layer derives from its variables
                 operation.finalize_state()
 
+    def directions(self) -> dict[str, str]:
+        """Path of each forward layer of ``Bidirectional`` → path of its backward layer: Keras takes both for equally wide."""
+        kind = sys.modules["keras"].layers.Bidirectional
+        found = [
+            operation for operation, _ in operations(self.model) if isinstance(operation, kind)
+        ]
+        return {self.paths[id(o.forward_layer)]: self.paths[id(o.backward_layer)] for o in found}
+
     def _scope(self, path: str) -> "_Scope":
         scope: nn.Module = self
         for part in path.split(".") if path else ():

@@ -125,6 +125,18 @@ def parts(operation: Any) -> list[Any]:
     return [] if flatten is None else list(flatten(include_self=False, recursive=False))
 
 
+def unbuilt_layers(model: Any) -> list[str]:
+    """Paths of layers that make their variables when they are first called, and were not."""
+    plain = sys.modules["keras"].Layer.build
+    return [
+        path
+        for part, path in operations(model)
+        if path
+        and not getattr(part, "built", True)
+        and getattr(type(part), "build", plain) is not plain
+    ]
+
+
 def own_variables(operation: Any) -> list[Any]:
     """Variables of a layer that are not those of its sublayers."""
     inner = {

@@ -18,12 +18,17 @@ NESTED = {
 }
 
 
-def rebuilt(model: Any, configs: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
+def rebuilt(
+    model: Any,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+    instead: Mapping[str, tuple[str, Mapping[str, Any]]] | None = None,
+) -> Any:
     """A model of the same class, layers and names, built anew from its config with some values changed.
 
     Args:
         model: built; left as it is.
         configs: dotted path of a layer, operation or nested model → config key → new value.
+        instead: dotted path of a layer → class of ``keras.layers`` that takes its place, and its config.
 
     Returns:
         The new model, built, not compiled, with weights of its own that are not yet set.
@@ -40,7 +45,7 @@ def rebuilt(model: Any, configs: Mapping[str, Mapping[str, Any]] | None = None) 
         entry = copy.deepcopy(keras.saving.serialize_keras_object(model))
         entry.pop("compile_config", None)
         built = entry.get("build_config")
-        _change(entry, model, paths, configs or {})
+        _change(entry, model, paths, configs or {}, instead or {})
         if not is_graph(model) and built:
             entry["build_config"] = built
         with keras.saving.custom_object_scope(own):
@@ -56,15 +61,27 @@ def rebuilt(model: Any, configs: Mapping[str, Mapping[str, Any]] | None = None) 
 
 
 def _change(
-    entry: Any, operation: Any, paths: Mapping[int, str], configs: Mapping[str, Mapping[str, Any]]
+    entry: Any,
+    operation: Any,
+    paths: Mapping[int, str],
+    configs: Mapping[str, Mapping[str, Any]],
+    instead: Mapping[str, tuple[str, Mapping[str, Any]]],
 ) -> None:
     """Put new values into one serialized operation and what it holds; shapes that it was built for are left out."""
     entry.pop("build_config", None)
     config = entry["config"]
     for inner, held in _held(config, operation):
-        _change(inner, held, paths, configs)
+        _change(inner, held, paths, configs, instead)
     if id(operation) in paths:
         config.update(configs.get(paths[id(operation)], {}))
+        if paths[id(operation)] in instead:
+            kind, own = instead[paths[id(operation)]]
+            entry.update(module="keras.layers", class_name=kind, registered_name=None)
+            for call in entry.get("inbound_nodes", ()):
+                call["kwargs"] = {}  # masks and modes, which the other class does not take
+            entry["config"] = {
+                key: config[key] for key in ("name", "dtype") if key in config
+            } | dict(own)
     if is_graph(operation) and any(
         inner.get("class_name") == "InputLayer" for inner in config["layers"]
     ):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tinier.errors import ModelError
-from tinier.network import Example, Network
+from tinier.network import Inputs, Network
 
 
 class Source(ABC):
@@ -18,7 +18,7 @@ class Source(ABC):
         """Whether it is a model of this kind, by the look of it (a file's ending, an object's type)."""
 
     @abstractmethod
-    def load(self, model: Any, example: Example | None) -> Network:
+    def load(self, model: Any, example: Inputs | None) -> Network:
         """The network, without changing ``model``.
 
         Args:

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from tinier.data.python import FUNCTION, import_function
+from tinier.data.python import FUNCTION, call_function
 from tinier.errors import DataError, ModelError
-from tinier.network import Example, Network
+from tinier.network import Inputs, Network, as_tensors
 from tinier.sources.base import Source
 from tinier.sources.module import ModuleSource
 
@@ -22,9 +22,9 @@ class FunctionSource(Source):
             isinstance(model, str) and bool(FUNCTION.fullmatch(model)) and not Path(model).exists()
         )
 
-    def load(self, model: Any, example: Example | None) -> Network:
+    def load(self, model: Any, example: Inputs | None) -> Network:
         try:
-            made = import_function(model)()
+            made = call_function(model)
         except DataError as error:
             raise ModelError(str(error)) from error
         if isinstance(made, tuple) and len(made) == 2:
@@ -34,4 +34,4 @@ class FunctionSource(Source):
             raise ModelError(
                 f"{model} returned a {type(made).__name__}; return an nn.Module, or a module and its example inputs"
             )
-        return ModuleSource().load(made, example)
+        return ModuleSource().load(made, as_tensors(example))

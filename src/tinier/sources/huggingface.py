@@ -1,6 +1,7 @@
 """A Hugging Face directory: config.json and safetensors, no code of others."""
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from tinier.errors import MissingError, ModelError
 from tinier.graph.states import quiet
-from tinier.network import Example, Network, name_inputs
+from tinier.network import Inputs, Network, name_inputs
 from tinier.sources.base import Source, first_line, present
 
 RECIPE = (
@@ -19,6 +20,8 @@ RECIPE = (
 )
 # Words of an invented example: long enough for padding masks to be seen, short enough to be quick.
 TOKENS = 16
+WORDS_OUT = 12  # of a decoder: another length, for it is free by itself
+OURS = ("model.pt2", "model.keras", "model.onnx")  # what a folder of tinier's has for runtimes
 
 
 class HuggingFaceSource(Source):
@@ -29,7 +32,7 @@ class HuggingFaceSource(Source):
     def accepts(self, model: Any) -> bool:
         return isinstance(model, str | Path) and Path(model).is_dir()
 
-    def load(self, model: Any, example: Example | None) -> Network:
+    def load(self, model: Any, example: Inputs | None) -> Network:
         folder = Path(model)
         present(folder)
         config = _config(folder)
@@ -51,7 +54,7 @@ class HuggingFaceSource(Source):
             shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in inputs.items())
             raise ModelError(
                 f"{folder}: {type(module).__name__} does not run on the example ({shapes}): {first_line(error)}; give "
-                "example={'name': tensor}"
+                "example={'name': tensor}, or data that have its inputs by name (--data)"
             ) from error
         return network
 
@@ -59,6 +62,15 @@ class HuggingFaceSource(Source):
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
+        made = next((name for name in OURS if (folder / name).is_file()), None)
+        if made is not None:
+            raise ModelError(
+                f"{folder}: no config.json, for its class is not one of transformers; name the model in it: {folder / made}"
+            )
+        if (folder / "plan.json").is_file():
+            raise ModelError(
+                f"{folder}: tinier's weights without their class: tinier.load({str(folder)!r}, into=model) rebuilds the model"
+            )
         raise ModelError(
             f"{folder}: no config.json; a Hugging Face directory (model.save_pretrained) or an .onnx file is "
             "needed"
@@ -145,10 +157,15 @@ def _example(folder: Path, module: Any) -> dict[str, Tensor]:
         height, width = (size, size) if isinstance(size, int) else tuple(size or (224, 224))
         channels = getattr(config, "num_channels", 3)
         return {main: torch.randn(2, channels, height, width, generator=generator)}
+    if main == "input_features" and hasattr(config, "num_mel_bins"):
+        # The encoder halves the frames once, and takes no fewer.
+        frames = 2 * config.max_source_positions
+        inputs = {main: torch.randn(2, config.num_mel_bins, frames, generator=generator)}
+        return inputs | _decoded(module, generator)
     if main != "input_ids":
         raise ModelError(
             f"{folder}: inputs of {type(module).__name__} ({main}) cannot be invented; give "
-            f"example={{'{main}': tensor}}"
+            f"example={{'{main}': tensor}}, or data that have it (--data)"
         )
     limit = getattr(config, "max_position_embeddings", TOKENS) or TOKENS
     length = max(2, min(TOKENS, int(limit) - 2))
@@ -160,7 +177,17 @@ def _example(folder: Path, module: Any) -> dict[str, Tensor]:
     # The tokenizer says whether the model gets segments; without one, the model's number of segments does.
     if _segments(folder, config):
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    return inputs
+    return inputs | _decoded(module, generator)
+
+
+def _decoded(module: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """What a decoder has said so far, where the network has one; classifiers make it of the encoder's words themselves."""
+    config, kind = module.config, type(module).__name__
+    takes = "decoder_input_ids" in signature(module.forward).parameters
+    if not takes or not config.is_encoder_decoder or kind.endswith(("Classification", "Answering")):
+        return {}
+    words = torch.randint(3, max(4, config.vocab_size), (2, WORDS_OUT), generator=generator)
+    return {"decoder_input_ids": words.clamp_(max=config.vocab_size - 1)}
 
 
 def _segments(folder: Path, config: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tinier.errors import ModelError, OutputError
 from tinier.modules.keras import KerasModule
-from tinier.modules.keras_parts import is_graph, is_keras_model, keras_on_torch
-from tinier.network import Example, Network, name_inputs
+from tinier.modules.keras_parts import is_graph, is_keras_model, keras_on_torch, unbuilt_layers
+from tinier.network import Inputs, Network, name_inputs
 from tinier.sources.base import Source, first_line, present
 from tinier.sources.module import free_batch
 
@@ -35,7 +35,7 @@ class KerasSource(Source):
             return Path(model).suffix.lower() == ".keras"
         return is_keras_model(model)
 
-    def load(self, model: Any, example: Example | None) -> Network:
+    def load(self, model: Any, example: Inputs | None) -> Network:
         if isinstance(model, str | Path):
             path = Path(model)
             return keras_network(read_keras(path), example, path.stem)
@@ -43,7 +43,7 @@ class KerasSource(Source):
         return keras_network(model, example, str(model.name))
 
 
-def keras_network(model: Any, example: Example | None, name: str) -> Network:
+def keras_network(model: Any, example: Inputs | None, name: str) -> Network:
     """The network of a Keras model on the torch backend.
 
     Args:
@@ -54,24 +54,18 @@ def keras_network(model: Any, example: Example | None, name: str) -> Network:
     Raises:
         ModelError: it is not built, has no example, does not run or cannot be traced.
     """
-    if not model.built and example is None:
+    unbuilt = [] if getattr(model, "_called", True) else unbuilt_layers(model)
+    if not model.built or unbuilt:
+        which = f" ({', '.join(unbuilt[:3])})" if unbuilt else ""
         raise ModelError(
-            f"{name}: the model is not built, its layers have no weights yet; call it once on an example, or give example="
+            f"{name}: the model is not built, its layers{which} have no weights yet; call it once on data: model(x)"
         )
-    if not model.built and example is not None:
-        values = [example] if isinstance(example, Tensor) else _values(example)
-        with torch.no_grad():
-            model(values[0] if len(values) == 1 else values)
     module = KerasModule(model)
     inputs = invented(module) if example is None else name_inputs(module, example)
     missing = [wanted for wanted in module.inputs if wanted not in inputs]
     if missing:
         raise ModelError(f"{name}: the example lacks the inputs {', '.join(missing)}")
     return free_batch(module, {n: inputs[n].detach().cpu() for n in module.inputs}, name)
-
-
-def _values(example: Example) -> Sequence[Tensor]:
-    return list(example.values()) if isinstance(example, Mapping) else list(example)
 
 
 def invented(module: KerasModule) -> dict[str, Tensor]:

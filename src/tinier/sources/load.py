@@ -4,10 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 import tinier.sources
 from tinier.data.first import first_inputs
 from tinier.errors import ModelError
-from tinier.network import Example, Network
+from tinier.network import Example, Network, as_tensors
 from tinier.registry import implementations
 from tinier.sources.base import Source, present
 
@@ -21,8 +24,8 @@ def load(model: Any, example: Example | None = None, *, name: str | None = None)
     Args:
         model: an ``nn.Module``; a Keras model; a path to an ``.onnx`` or ``.keras`` file; a directory with config.json and
             ``*.safetensors``; a Network, which is returned as it is.
-        example: a tensor, a tuple of positional inputs or a dict of inputs by name, dimension 0 the batch. Modules need
-            it; files say themselves what they take, except for sizes that they leave open.
+        example: a tensor, a tuple of positional inputs or a dict of inputs by name, dimension 0 the batch; NumPy arrays become tensors.
+            Modules need it; files say themselves what they take, except for sizes that they leave open.
         name: what tables and files call it; None for the file's or the class's name.
 
     Returns:
@@ -40,7 +43,7 @@ def load(model: Any, example: Example | None = None, *, name: str | None = None)
     for kind in implementations(tinier.sources, Source).values():  # type: ignore[type-abstract]
         source = kind()
         if source.accepts(model):
-            network = source.load(model, example)
+            network = source.load(model, as_tensors(example, _kind(model)))
             if name is None:
                 return network
             network = network if name == network.name else _renamed(network, name)
@@ -66,6 +69,12 @@ def load_for(model: Any, example: Example | None, data: Any) -> Network:
         if first is None:
             raise
         return load(model, first)
+
+
+def _kind(model: Any) -> torch.dtype:
+    """The type of floats that a model computes with, as far as it says so."""
+    tensors = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
 
 def _renamed(network: Network, name: str) -> Network:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tinier.errors import ModelError
-from tinier.network import Example, Network, name_inputs
+from tinier.graph.trace import check
+from tinier.network import Inputs, Network, name_inputs
 from tinier.sources.base import Source, first_line
 
 
@@ -19,13 +20,15 @@ class ModuleSource(Source):
     def accepts(self, model: Any) -> bool:
         return isinstance(model, nn.Module)
 
-    def load(self, model: Any, example: Example | None) -> Network:
+    def load(self, model: Any, example: Inputs | None) -> Network:
+        model = unwrapped(model)
         kind = type(model).__name__
         if example is None:
             raise ModelError(
                 f"{kind}: example inputs are needed to see what it computes; give example=(tensor, …) or "
                 "example={'name': tensor}, a batch of 2 or more as the model gets it"
             )
+        check(model)
         inputs = name_inputs(model, example)
         if not inputs:
             raise ModelError(f"{kind}: the example has no inputs")
@@ -33,6 +36,10 @@ class ModuleSource(Source):
             if not value.ndim:
                 raise ModelError(
                     f"{kind}: example input {name} is a single number; dimension 0 is the batch"
+                )
+            if not value.numel():
+                raise ModelError(
+                    f"{kind}: example input {name} is empty, {tuple(value.shape)}; give a batch of 2 or more, as the model gets it"
                 )
         tensors = (*model.parameters(), *model.buffers())
         devices = {value.device for value in tensors}
@@ -46,6 +53,17 @@ class ModuleSource(Source):
         if device.type == "meta":
             return Network(model, inputs, kind)  # there is nothing to run
         return free_batch(model, inputs, kind)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside of what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` give."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif "_orig_mod" in module._modules:
+            module = module.get_submodule("_orig_mod")
+        else:
+            return module
 
 
 def free_batch(module: nn.Module, inputs: Mapping[str, Tensor], name: str) -> Network:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from tinier.errors import MissingError, ModelError
 from tinier.graph.states import quiet
-from tinier.network import Example, Network
+from tinier.network import Inputs, Network
 from tinier.sources.base import Source, first_line, present
 from tinier.sources.onnx_check import checked
 from tinier.sources.onnx_compare import compare, culprit
@@ -45,7 +45,7 @@ class OnnxSource(Source):
     def accepts(self, model: Any) -> bool:
         return isinstance(model, str | Path) and Path(model).suffix.lower() == ".onnx"
 
-    def load(self, model: Any, example: Example | None) -> Network:
+    def load(self, model: Any, example: Inputs | None) -> Network:
         path = Path(model)
         present(path)
         try:
@@ -171,7 +171,7 @@ def _notes(
 
 
 def _inputs(
-    path: Path, proto: onnx.ModelProto, names: Mapping[str, str], example: Example | None
+    path: Path, proto: onnx.ModelProto, names: Mapping[str, str], example: Inputs | None
 ) -> tuple[dict[str, Tensor], dict[tuple[str, int], str]]:
     """Example inputs, and of the sizes that stay free the symbol: (input, dimension) → symbol."""
     given = _given(path, example, names)
@@ -233,7 +233,7 @@ def _inputs(
     return inputs, free
 
 
-def _given(path: Path, example: Example | None, names: Mapping[str, str]) -> dict[str, Tensor]:
+def _given(path: Path, example: Inputs | None, names: Mapping[str, str]) -> dict[str, Tensor]:
     if example is None:
         return {}
     if isinstance(example, Mapping):

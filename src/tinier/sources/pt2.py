@@ -11,7 +11,7 @@ from tinier.errors import ModelError
 from tinier.graph.archive import read
 from tinier.graph.states import quiet
 from tinier.graph.trace import plain
-from tinier.network import Example, Network
+from tinier.network import Inputs, Network
 from tinier.sources.base import Source, present
 
 UNKNOWN_IDS = (
@@ -27,7 +27,7 @@ class ArchiveSource(Source):
     def accepts(self, model: Any) -> bool:
         return isinstance(model, str | Path) and Path(model).suffix.lower() == ".pt2"
 
-    def load(self, model: Any, example: Example | None) -> Network:
+    def load(self, model: Any, example: Inputs | None) -> Network:
         path = Path(model)
         present(path)
         exported = read(path)
@@ -60,7 +60,7 @@ def _unpacked(module: fx.GraphModule, spec: Any) -> None:
     module.recompile()
 
 
-def _inputs(path: Path, zeros: dict[str, Tensor], example: Example | None) -> dict[str, Tensor]:
+def _inputs(path: Path, zeros: dict[str, Tensor], example: Inputs | None) -> dict[str, Tensor]:
     if example is None:
         return {name: torch.zeros_like(value) for name, value in zeros.items()}
     if isinstance(example, Tensor):

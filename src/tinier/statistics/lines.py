@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from tinier.errors import DataError
-from tinier.graph.activations import Activation, Line, activations
+from tinier.graph.activations import Activation, Line, Watched, activations
 from tinier.network import Network
 from tinier.statistics.finite import NotFinite, culprit
 
@@ -60,12 +60,11 @@ def fit_lines(network: Network, batches: Iterable[Mapping[str, Tensor]]) -> dict
     return {one.name: recorder.fit(one) for one in found}
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Watched):
     """Runs the graph and adds up what the lines need."""
 
     def __init__(self, module: fx.GraphModule, found: tuple[Activation, ...]) -> None:
-        super().__init__(module)
-        self.found = {one.node: one for one in found}
+        super().__init__(module, found)
         # (6, channels): n, Σx, Σy, Σx², Σxy, Σy²
         self.sums = {one.name: torch.zeros(6, one.channels, dtype=torch.float64) for one in found}
 
@@ -73,8 +72,9 @@ class _Recorder(fx.Interpreter):
         one = self.found.get(node)
         if one is None:
             return super().run_node(node)
-        source: Any = node.args[0]
-        x = _columns(self.env[source], one.dim).clone()  # an operator in place would change it
+        x = _columns(
+            self.given[one.source], one.dim
+        ).clone()  # an operator in place would change it
         value = super().run_node(node)
         y = _columns(value, one.dim)
         count = torch.full((one.channels,), float(x.shape[1]), dtype=torch.float64)

@@ -3,9 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+from tinier.edits.base import Plan
+from tinier.edits.linearize import Linearize
 from tinier.errors import InputError
 from tinier.methods.activation_removal import ActivationRemoval
-from tinier.network import Example
+from tinier.network import Example, Network
+from tinier.statistics.base import Statistics
 from tinier.statistics.lines import fit_lines
 from tinier.verbs.calibration import batches_of, calibration, few
 from tinier.verbs.smaller import Smaller, network_of, since
@@ -16,7 +19,7 @@ def linearize(
     example: Example | None = None,
     data: Any = None,
     *,
-    keep: float = 0.75,
+    keep: float | None = None,
     count: int | None = None,
     score: str = "output",
     merge: bool = True,
@@ -27,7 +30,8 @@ def linearize(
         model: an ``nn.Module``, a path, or what another step gave; never changed.
         example: example inputs; None where the model brings its own.
         data: a few hundred examples that lines are fitted to; labels are not used.
-        keep: share of the activation functions that stay, in [0, 1].
+        keep: share of the activation functions that stay, in [0, 1]. Unless this or ``count`` is given, at most a quarter leaves, and
+            only such as two layers become one of fewer MACs without; where there are none, the network stays as it is.
         count: how many leave instead.
         score: "output" measures what each line changes at the end; "fit" is how straight the function is on the data.
         merge: whether two layers become one where that takes fewer MACs.
@@ -48,8 +52,30 @@ def linearize(
     method = ActivationRemoval(keep=keep, count=count, score=score, merge=merge)
     plan = method.plan(network, statistics)
     straight = plan.apply(network)
-    notes = straight.notes
-    if not any(edit.kind == "merge" for edit in plan.edits):
-        notes = (*notes, "no layers were merged: lines alone save no MACs")
+    notes = (*straight.notes, *_gain(network, plan, statistics, method))
     original, plan = since(model, network, plan)
     return Smaller(straight, original, plan, notes=notes)
+
+
+def _gain(
+    network: Network, plan: Plan, statistics: Statistics, method: ActivationRemoval
+) -> tuple[str, ...]:
+    """What was gained, and how well a line replaces each activation function on the data."""
+    gone = [edit.activation for edit in plan.edits if isinstance(edit, Linearize)]
+    merged = sum(edit.kind == "merge" for edit in plan.edits)
+    errors = sorted((fit.error, name) for name, fit in statistics.lines.items())
+    fits = "what a line leaves of the variance (1 − R²): " + ", ".join(
+        f"{name} {error:.2g}{'' if name in gone else ' (stays)'}" for error, name in errors
+    )
+    if not errors:
+        return ("there are no activation functions",)
+    if not gone and not method.asked:
+        return (
+            "nothing leaves: no activation function stands alone between two layers that would take fewer MACs as one; "
+            "keep= or count= ask for lines all the same",
+            fits,
+        )
+    gain = f"{len(gone)} of {len(errors)} activation functions left, {merged} pair{'s' * (merged != 1)} of layers became one"
+    if gone and not merged:
+        gain += ": lines alone save no MACs"
+    return (gain, fits)
