@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tinier.graph.record import Recording, Runner, Unclear
+from tinier.graph.record import Recording, Runner
 from tinier.graph.recorded import Builder, Unconfirmed, other_size
 
 Place = tuple[str, int]  # an input and one of its dimensions
@@ -40,23 +40,13 @@ def record(
     run = Runner(module, example)
     places = _places(example, free)
     more = [p for p in _places(example, perhaps or (lambda _: range(0))) if p not in places]
-    try:
-        return _record(run, places, more, False)
-    # The last recording alone knows the device, for that takes time: where it goes another way, all have to know it.
-    except Unclear:
-        return _record(run, places, more, True)
-
-
-def _record(
-    run: Runner, places: list[Place], more: list[Place], located: bool
-) -> tuple[fx.GraphModule, Any]:
-    base = run({}, located or not places)
-    lengths = _taken(run, base, places, more, located)
+    base = run({})
+    lengths = _taken(run, base, places, more)
     if lengths:
         # Numbers may follow a length by no line: then it is fixed.
         with suppress(Exception):
-            return _graph(run, base, [*places, *lengths], located)
-    return _graph(run, base, places, located)
+            return _graph(run, base, [*places, *lengths])
+    return _graph(run, base, places)
 
 
 def _places(example: Mapping[str, Tensor], free: Callable[[Tensor], range]) -> list[Place]:
@@ -65,9 +55,7 @@ def _places(example: Mapping[str, Tensor], free: Callable[[Tensor], range]) -> l
     ]
 
 
-def _taken(
-    run: Runner, base: Recording, places: list[Place], more: list[Place], located: bool
-) -> list[Place]:
+def _taken(run: Runner, base: Recording, places: list[Place], more: list[Place]) -> list[Place]:
     """Of further dimensions those that may have another size, alone or with all others of their place and size."""
     example = run.example
     result: list[Place] = []
@@ -76,7 +64,7 @@ def _taken(
         tied = [p for p in [*places, *more] if p[1] == dim and example[p[0]].shape[dim] == size]
         for moved in ([(name, dim)], tied):
             try:
-                other = run({p: other_size(example, p, 1) for p in moved}, located)
+                other = run({p: other_size(example, p, 1) for p in moved})
             # The user's code, at a size that it does not take.
             except Exception:
                 continue
@@ -86,33 +74,29 @@ def _taken(
     return result
 
 
-def _graph(
-    run: Runner, base: Recording, places: list[Place], located: bool
-) -> tuple[fx.GraphModule, Any]:
+def _graph(run: Runner, base: Recording, places: list[Place]) -> tuple[fx.GraphModule, Any]:
     example = run.example
     if not places:
         return Builder(run, [], [base]).build(), base.result
     # Branches on a size show only where the size is another one by much; the batch may grow without end, a length may not.
     far = {place: other_size(example, place, 9 if place[1] else 61) for place in places}
     try:
-        last = run(far, True)
+        last = run(far)
     except Exception:  # the user's code, at a length that it does not take
         near = {place: other_size(example, place, 3) for place in places}
         far = {place: near[place] if place[1] else size for place, size in far.items()}
-        last = run(far, True)
+        last = run(far)
     if not any(dim for _, dim in places) and len({example[n].shape[0] for n, _ in places}) == 1:
         try:  # Numbers in proportion to the batch at two sizes so far apart are so at all.
             return Builder(run, [tuple(places)], [base, last], far).build(), base.result
         except Unconfirmed:
             pass
-    sizes = _free_sizes(run, places, located)
+    sizes = _free_sizes(run, places)
     recordings = [base, *(other for _, other in sizes), last]
     return Builder(run, [dims for dims, _ in sizes], recordings, far).build(), base.result
 
 
-def _free_sizes(
-    run: Runner, free: list[Place], located: bool
-) -> list[tuple[tuple[Place, ...], Recording]]:
+def _free_sizes(run: Runner, free: list[Place]) -> list[tuple[tuple[Place, ...], Recording]]:
     """Places (input, dimension) that have one free size, and the recording with that size changed."""
     example = run.example
     ties: dict[tuple[int, int], list[Place]] = {}
@@ -123,7 +107,7 @@ def _free_sizes(
         together = list(places)
         for place in places if dim and len(places) > 1 else ():
             try:
-                alone = run({place: other_size(example, place, 1)}, located)
+                alone = run({place: other_size(example, place, 1)})
             # The user's code, with an input that does not fit the others: their sizes are one.
             except Exception:
                 continue
@@ -131,5 +115,5 @@ def _free_sizes(
             result.append(((place,), alone))
         if together:
             moved = {place: other_size(example, place, 1) for place in together}
-            result.append((tuple(together), run(moved, located)))
+            result.append((tuple(together), run(moved)))
     return result

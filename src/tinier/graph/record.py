@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import TensorBase
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules import module as hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tinier.graph.shapes import META, QUICK
@@ -64,24 +64,31 @@ class Recording:
     outputs: list[Ref] = field(default_factory=list)
 
 
-class _Devices(TorchFunctionMode):
-    """Tensors without values say that they are where the network is: models ask, and take other ways on other devices."""
+@contextmanager
+def _located(recorder: "_Recorder") -> Iterator[None]:
+    """Tensors without values say that they are where the network is: models ask, and take other ways on other devices.
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.answers = {
-            Tensor.device.__get__: device,  # type: ignore[attr-defined]
-            Tensor.is_cpu.__get__: device.type == "cpu",  # type: ignore[attr-defined]
-            Tensor.is_cuda.__get__: device.type == "cuda",  # type: ignore[attr-defined]
-            Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
-        }
+    Only to the network's own code: inside of operators they are on the meta device.
+    """
+    real, device = TensorBase.device, recorder.device
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in self.answers and args[0].is_meta:
-            return self.answers[func]
-        return func(*args, **(kwargs or {}))
+    def where(tensor: Tensor) -> torch.device:
+        found = real.__get__(tensor)
+        return device if found == META and not recorder.inside else found
+
+    # Attributes of the subclass in Python hide those of the base class in C for as long as they are there.
+    answers = {
+        "device": where,
+        "is_cpu": lambda tensor: where(tensor).type == "cpu",
+        "is_cuda": lambda tensor: where(tensor).type == "cuda",
+    }
+    for name, answer in answers.items():
+        setattr(Tensor, name, property(answer))
+    try:
+        yield
+    finally:
+        for name in answers:
+            delattr(Tensor, name)
 
 
 class _Recorder(ProxyTorchDispatchMode):
@@ -89,7 +96,7 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def __init__(self, known: Mapping[int, tuple[Tensor, str]], device: torch.device) -> None:
         super().__init__(None, "real", pre_dispatch=True)  # type: ignore[arg-type]
-        self.record, self.device = Recording(), device
+        self.record, self.device, self.inside = Recording(), device, False
         self.known = known  # id of a tensor → its stand-in on the meta device and its name
         self.refs: dict[int, Ref] = {id(t): Ref(-1, name) for t, name in known.values()}
         self.stores = {t.untyped_storage()._cdata for t, _ in known.values()}
@@ -113,9 +120,13 @@ class _Recorder(ProxyTorchDispatchMode):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._check_own(value)
         quick = QUICK.get(func)
-        with torch._C._DisablePythonDispatcher():
-            out = quick(*args, **kwargs) if quick is not None else None
-            out = func(*args, **kwargs) if out is None else out
+        self.inside = True
+        try:
+            with torch._C._DisablePythonDispatcher():
+                out = quick(*args, **kwargs) if quick is not None else None
+                out = func(*args, **kwargs) if out is None else out
+        finally:
+            self.inside = False
         several = isinstance(out, list | tuple)
         items = list(out) if several else [out]
         if any(isinstance(item, Tensor) for item in items):
@@ -290,8 +301,8 @@ class Runner:
             raise Unclear("tensors on several devices")
         self.device = META if META in devices else next(iter(devices))
 
-    def __call__(self, moved: Mapping[tuple[str, int], int], located: bool = False) -> Recording:
-        """One run, with some sizes of the inputs changed; ``located`` if tensors say that they are on the network's device."""
+    def __call__(self, moved: Mapping[tuple[str, int], int]) -> Recording:
+        """One run, with some sizes of the inputs changed."""
         known, inputs = dict(self.known), {}
         for name, tensor in self.example.items():
             size = [moved.get((name, dim), length) for dim, length in enumerate(tensor.shape)]
@@ -307,7 +318,7 @@ class Runner:
             nullcontext() if moved else _stacked(self.module, recorder.stack),
             enable_python_dispatcher(),
             recorder,
-            _Devices(self.device) if located and self.device != META else nullcontext(),
+            nullcontext() if self.device == META else _located(recorder),
         ):
             result = self.module(**inputs)
         record = recorder.record
