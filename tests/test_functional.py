@@ -71,7 +71,19 @@ def integers(y: Tensor) -> Tensor:
     return y * counts
 
 
+def through_einsum(y: Tensor) -> Tensor:
+    view = torch.einsum("bt->tb", y)  # a view, of which no schema tells
+    view.relu_()
+    return y * 2
+
+
+def power(y: Tensor) -> Tensor:
+    return y.pow_(2) + 1
+
+
 WAYS = {
+    "through_einsum": through_einsum,
+    "power": power,
     "softmax": Masked.apply,
     "chain": chain,
     "read_before_and_after": read_before_and_after,
@@ -80,7 +92,7 @@ WAYS = {
     "through_dropout": through_dropout,
     "integers": integers,
 }
-STAY = {"through_a_view", "with_a_view", "through_dropout", "integers"}
+STAY = {"power", "through_einsum", "through_a_view", "with_a_view", "through_dropout", "integers"}
 
 
 @pytest.mark.parametrize("way", WAYS)

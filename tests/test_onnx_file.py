@@ -137,6 +137,22 @@ class FiveDimensions(nn.Module):
         return nn.functional.scaled_dot_product_attention(y, y * 2, y + 1, self.mask, scale=0.3)
 
 
+class AllMasked(nn.Module):
+    """A row that may look at nothing: torch gives zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.view(x.shape[0], 8, 8)
+        mask = torch.ones(8, 8, dtype=torch.bool).tril(-1)
+        return nn.functional.scaled_dot_product_attention(y, y, y, mask)
+
+
+class Negative(nn.Module):
+    """Bytes, the other way round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (255 - x).float() / 255
+
+
 class Inverted(nn.Module):
     """A fraction minus integers."""
 
@@ -149,6 +165,8 @@ HARD: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {
     "padded_pool": (PaddedPool(), {"x": torch.linspace(-2, 2, 64).view(2, 1, 4, 8)}),
     "five_dimensions": (FiveDimensions(False), {"x": torch.linspace(-2, 2, 128).view(2, 64)}),
     "boolean_mask": (FiveDimensions(True), {"x": torch.linspace(-2, 2, 128).view(2, 64)}),
+    "all_masked": (AllMasked(), {"x": torch.linspace(-2, 2, 128).view(2, 64)}),
+    "negative": (Negative(), {"x": torch.arange(12, dtype=torch.uint8).view(2, 6)}),
     "inverted": (Inverted(), {"mask": torch.tensor([[1, 0, 1], [0, 0, 1]])}),
 }
 

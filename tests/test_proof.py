@@ -155,3 +155,24 @@ def test_a_batch_that_is_followed_out_of_proportion_is_recorded_a_third_time() -
         assert torch.equal(graph(x=x)[0], OneMore()(x))
     with pytest.raises(Exception, match=r"proportion|follows"):
         record(Rounded().eval(), {"x": torch.randn(2, 4)}, _batch)
+
+
+class Rooted(nn.Module):
+    """Takes roots, and computes something else in eager mode once it is narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.sqrt()).relu()
+        if not torch.compiler.is_compiling():
+            h = h * (h.shape[-1] / 16)
+        return self.second(h)
+
+
+def test_roots_are_proved_on_numbers_that_have_one() -> None:
+    network = Network(Rooted().eval(), {"x": torch.rand(2, 8)})
+    pruned = ChannelPruning(keep=0.5, round_to=1).plan(network).apply(network)
+    assert not isinstance(pruned.module, Rooted)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -679,3 +680,115 @@ def test_branches_on_the_device_are_those_of_the_network(batch: int) -> None:
         isinstance(n.meta.get("val"), Tensor) and n.meta["val"].device.type == "cpu"
         for n in traced.module.graph.nodes
     )
+
+
+class Pooled(nn.Module):
+    """The mean over what a stride leaves of a signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 8, 32, stride=32), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return self.b(y.sum(-1) / y.shape[-1])
+
+
+class Clipped(nn.Module):
+    """Of a longer sequence the first part counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)[:, :64]
+        return y.sum(1) / y.shape[1]
+
+
+@pytest.mark.parametrize("length", [50, 100])
+def test_lengths_that_strides_and_clips_follow_are_fixed(length: int) -> None:
+    for module, shape in ((Pooled(), (2, 3, 10 * length)), (Clipped(), (2, length, 6))):
+        traced = Network(module.eval(), {"x": torch.randn(shape)}).traced
+        (node,) = traced.module.graph.find_nodes(op="placeholder")
+        assert tuple(node.meta["val"].shape[1:]) == shape[1:]
+
+
+class Odd(Base):
+    """train() returns nothing and forgets; a tensor hangs on the module; an output is made of nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant, self.memory = torch.ones(6), torch.ones(4)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode:
+            self.memory = torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x + self.constant) + self.memory
+        return y, torch.zeros_like(y)
+
+
+@functools.lru_cache
+def _positions(count: int) -> Tensor:
+    return torch.arange(count).float() / count
+
+
+_REMEMBERED: dict[int, Tensor] = {}
+
+
+class Caching(Base):
+    """Caches outside of the module: of a function, and a dict of the file."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[1]
+        if count not in _REMEMBERED:
+            _REMEMBERED[count] = torch.ones(count).cumsum(0)
+        return super().forward(x * _positions(count) + _REMEMBERED[count])
+
+
+@pytest.mark.parametrize("make", [Odd, Caching])
+def test_what_the_user_has_is_as_before(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    module = make()
+    module.eval()
+    _positions.cache_clear()
+    original = network(module)
+    assert not original.traced.by_export
+    for width in (5, 6, 7):
+        assert not _positions(width).is_meta
+        assert not _REMEMBERED.get(width, torch.ones(1)).is_meta
+    plan = ChannelPruning(keep=0.5, round_to=1).plan(original)
+    assert type(plan.apply(original).module) is make
+    assert bool((getattr(module, "memory", torch.ones(4)) == 1).all())
+    x = torch.randn(3, 6)
+    found = original.traced.module(x=x)[0]
+    wanted = module(x)
+    torch.testing.assert_close(found, wanted[0] if isinstance(wanted, tuple) else wanted)
+
+
+class Adding(Base):
+    """Writes into a buffer by ``out=``."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(3, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        torch.add(self.total, y.detach(), out=self.total)
+        return self.b(y.relu() + self.total)
+
+
+def test_the_proof_leaves_buffers_as_they_are() -> None:
+    torch.manual_seed(0)
+    original = network(Adding().eval())
+    plan = ChannelPruning(keep=0.5, round_to=1).plan(original)
+    for _ in range(2):
+        plan.apply(original)
+        assert not original.traced.module.get_buffer("total").any()
+        assert not original.module.get_buffer("total").any()

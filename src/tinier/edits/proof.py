@@ -58,6 +58,11 @@ class Reference:
         with repeatable():
             return masked_outputs(self.original.traced, self.channels, self.kept, self.inputs)
 
+    @cached_property
+    def finite(self) -> bool:
+        """Whether the outputs are numbers, so that comparing them says something."""
+        return all(bool(out.isfinite().any()) for out in self.wanted if out.numel())
+
     def gap(self, network: Network) -> float:
         """The difference of a smaller network to the reference, relative to the largest output; infinity for other shapes."""
         with repeatable():
@@ -141,6 +146,11 @@ def random_inputs(network: Network, seed: int) -> dict[str, Tensor]:
     ):
         if tensor.is_floating_point():
             deviation = tensor.float().std() if tensor.numel() > 1 else torch.tensor(0.0)
+            if tensor.min() >= 0 and deviation > 0:
+                # Of what is never negative a root or a logarithm may be taken: other values of the example's.
+                chosen = torch.randint(tensor.numel(), tensor.shape, generator=generator)
+                result[name] = tensor.flatten()[chosen.to(tensor.device)]
+                continue
             if not deviation > 0:  # an example of zeros or ones would prove nothing
                 deviation = torch.tensor(1.0)
             noise = (

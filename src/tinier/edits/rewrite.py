@@ -72,10 +72,13 @@ def cut_copy(
         else:
             new = known.detach()
         memo[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    for owner in module.modules():  # what a hook computed, as torch.nn.utils.weight_norm does
-        for value in vars(owner).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+    for owner in (
+        module.modules()
+    ):  # what a hook computed, as torch.nn.utils.weight_norm does, and what caches keep
+        for held in vars(owner).values():
+            for value in held.values() if type(held) is dict else [held]:
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach().clone()
     return copy.deepcopy(module, memo)
 
 

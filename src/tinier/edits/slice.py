@@ -104,8 +104,13 @@ class Slice(Edit):
             notes = (found, *notes)
         if pruned is None:
             # Nothing compares this graph with the user's class any more: the one that it was cut from has to be the class.
-            if not traced.by_export and not on_meta(network) and not traced_right(network):
-                return cls.apply_all(edits, network.exported())
+            if not on_meta(network) and not traced_right(network):
+                if not traced.by_export:
+                    return cls.apply_all(edits, network.exported())
+                raise RefusedError(
+                    f"{network.name}: its traced graph computes something else than its class on random inputs, and its class cannot "
+                    "take the smaller weights; exclude the layers that it treats in a way of its own"
+                )
             module = named(graph, traced)
             try:
                 hold(module, _cut_masks(network, channels, kept))
@@ -215,7 +220,7 @@ def _stock(
             traced = candidate.traced
             if traced.batched != network.traced.batched:
                 continue
-            compared = not meta and not reference.half and gap <= TOLERANCE
+            compared = not meta and not reference.half and reference.finite and gap <= TOLERANCE
             if compared and same_graph(traced.module, graph):
                 return candidate, gap
             if not wanted:

@@ -78,6 +78,7 @@ def stock_modules(
                 continue
             # In training, spectral norms change as they are looked at; what is kept from runs is of the old weights.
             candidate = forgotten(cut_copy(module, along, made))
+            candidate.eval()
             if config:
                 set_config(candidate, channels, run, says)
             _set_layers(candidate, run)
@@ -91,6 +92,7 @@ def stock_modules(
     if traced is not None and graph is not None and inputs is not None:
         # The config stays as it was: it could not say what the pieces are.
         candidate = forgotten(cut_copy(module, along, made))
+        candidate.eval()
         _set_layers(candidate, run)
         set_sizes(candidate, run, True)
         try:

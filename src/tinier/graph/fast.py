@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tinier.graph.record import Recording, Runner
+from tinier.graph.record import Recording, Runner, forget
 from tinier.graph.recorded import Builder, Unconfirmed, other_size
 
 Place = tuple[str, int]  # an input and one of its dimensions
@@ -40,13 +40,16 @@ def record(
     run = Runner(module, example)
     places = _places(example, free)
     more = [p for p in _places(example, perhaps or (lambda _: range(0))) if p not in places]
-    base = run({})
-    lengths = _taken(run, base, places, more)
-    if lengths:
-        # Numbers may follow a length by no line: then it is fixed.
-        with suppress(Exception):
-            return _graph(run, base, [*places, *lengths])
-    return _graph(run, base, places)
+    try:
+        base = run({})
+        lengths = _taken(run, base, places, more)
+        if lengths:
+            # Numbers may follow a length by no line: then it is fixed.
+            with suppress(Exception):
+                return _graph(run, base, [*places, *lengths], lengths)
+        return _graph(run, base, places, [])
+    finally:
+        forget(run)
 
 
 def _places(example: Mapping[str, Tensor], free: Callable[[Tensor], range]) -> list[Place]:
@@ -74,7 +77,9 @@ def _taken(run: Runner, base: Recording, places: list[Place], more: list[Place])
     return result
 
 
-def _graph(run: Runner, base: Recording, places: list[Place]) -> tuple[fx.GraphModule, Any]:
+def _graph(
+    run: Runner, base: Recording, places: list[Place], lengths: list[Place]
+) -> tuple[fx.GraphModule, Any]:
     example = run.example
     if not places:
         return Builder(run, [], [base]).build(), base.result
@@ -92,8 +97,15 @@ def _graph(run: Runner, base: Recording, places: list[Place]) -> tuple[fx.GraphM
         except Unconfirmed:
             pass
     sizes = _free_sizes(run, places)
-    recordings = [base, *(other for _, other in sizes), last]
-    return Builder(run, [dims for dims, _ in sizes], recordings, far).build(), base.result
+    recordings = [base, *(other for _, other in sizes)]
+    # Strides, windows and clips show at lengths of another order only.
+    checks = []
+    for other in (lambda size: 4 * size + 3, lambda size: size // 2) if lengths else ():
+        moved = {p: other(example[p[0]].shape[p[1]]) for p in lengths}
+        recordings.append(run(moved))
+        checks.append(moved)
+    groups = [dims for dims, _ in sizes]
+    return Builder(run, groups, [*recordings, last], far, checks).build(), base.result
 
 
 def _free_sizes(run: Runner, free: list[Place]) -> list[tuple[tuple[Place, ...], Recording]]:

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
-# They may return their input itself, though their schema does not say so.
-PASSING = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "type_as")
+# What they return is new, and no view; of others the schema does not always say so.
+_FRESH = """
+    linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution addmm baddbmm mm bmm matmul addbmm
+    scaled_dot_product_attention batch_norm layer_norm group_norm instance_norm rms_norm native_layer_norm native_group_norm
+    add sub mul div rsub pow neg abs square sqrt rsqrt exp log sin cos tanh sigmoid erf reciprocal clamp maximum minimum where
+    relu relu6 gelu silu elu leaky_relu hardswish hardsigmoid hardtanh mish softplus celu selu prelu softmax _softmax log_softmax
+    sum mean var std amax amin max_pool1d max_pool2d avg_pool2d adaptive_avg_pool2d cat stack embedding gather cumsum masked_fill
+    index_select clone zeros zeros_like ones ones_like full full_like empty empty_like arange rand randn rand_like randn_like
+    new_zeros new_ones new_full new_empty
+"""
+FRESH = frozenset(_FRESH.split())
 
 
 def without_writes(module: fx.GraphModule) -> None:
@@ -55,7 +64,9 @@ def _plain_operator(node: fx.Node) -> Any:
     if plain is None or len(plain._schema.returns) != 1 or plain._schema.is_mutable:
         return None
     written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-    same = [a.name for a in plain._schema.arguments] == [a.name for a in schema.arguments]
+    same = [(a.name, str(a.type)) for a in plain._schema.arguments] == [
+        (a.name, str(a.type)) for a in schema.arguments
+    ]
     return plain if same and written[0] and sum(written) == 1 else None
 
 
@@ -78,10 +89,7 @@ def _is_own(node: fx.Node, base: Any) -> bool:
 
 def _aliases(node: fx.Node) -> bool:
     """Whether a node's result may be its input, or a view of it."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return True
-    schema = target._schema
-    if schema.name.removeprefix("aten::") in PASSING:
-        return True
-    return any(result.alias_info is not None for result in schema.returns)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op != "output"
+    name = node.target._schema.name.removeprefix("aten::")
+    return (name.removesuffix("_") if node.target._schema.is_mutable else name) not in FRESH

@@ -15,7 +15,7 @@ from tinier.graph.axes import Atom, Axis, Concat, Product, atoms
 from tinier.graph.groups import Channels
 from tinier.graph.masked_rules import SPECIAL
 from tinier.graph.rules import argument, operator_name
-from tinier.graph.trace import Traced
+from tinier.graph.trace import Traced, written
 
 Kept = Mapping[Atom, Tensor]
 
@@ -67,6 +67,7 @@ class _Masked(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, channels: Channels, kept: Kept) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.axes = channels.axes
+        self.written = written(module.graph)
         self.masks = {}
         for atom, positions in kept.items():
             self.masks[atom] = torch.zeros(atom.size, dtype=torch.bool)
@@ -77,6 +78,11 @@ class _Masked(fx.Interpreter):
         if special is not None and self._normalises_over_cut(node):
             return self._mask(node, special(self, node))
         return self._mask(node, super().run_node(node))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A buffer that the graph writes to is read as it was before."""
+        found = super().get_attr(target, args, kwargs)
+        return found.clone() if target in self.written else found
 
     def value(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
         """The value of an argument."""

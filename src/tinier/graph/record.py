@@ -4,7 +4,10 @@ The network runs on the meta device, where operators only compute shapes, and ev
 linear layers and attention stay whole.
 """
 
+import functools
+import gc
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,6 +23,7 @@ from torch.nn.modules import module as hooks
 from torch.utils import _pytree as pytree
 
 from tinier.graph.shapes import META, QUICK
+from tinier.graph.states import forgotten
 
 
 class Unclear(Exception):
@@ -39,7 +43,6 @@ class Shape(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass
@@ -107,26 +110,29 @@ class _Recorder(ProxyTorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        self.inside = True
+        try:
+            return self._run(func, args, kwargs or {})
+        finally:
+            self.inside = False
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.is_autocast_enabled("cpu"):
             raise Unclear("types change inside")
-        kwargs = kwargs or {}
         used: list[Tensor] = []
         new_args, new_kwargs = self._noted(args, used), self._noted(kwargs, used)
         # With no tensor at all it makes one of nothing, there where the network is.
         if not used or any(tensor.is_meta or id(tensor) in self.known for tensor in used):
             args, kwargs = self._on_meta(args), self._on_meta(kwargs)
         if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
+            for place, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._check_own(value)
+                    named = kwargs.get(argument.name)
+                    self._check_own(args[place] if place < len(args) else named)
         quick = QUICK.get(func)
-        self.inside = True
-        try:
-            with torch._C._DisablePythonDispatcher():
-                out = quick(*args, **kwargs) if quick is not None else None
-                out = func(*args, **kwargs) if out is None else out
-        finally:
-            self.inside = False
+        with torch._C._DisablePythonDispatcher():
+            out = quick(*args, **kwargs) if quick is not None else None
+            out = func(*args, **kwargs) if out is None else out
         several = isinstance(out, list | tuple)
         items = list(out) if several else [out]
         if any(isinstance(item, Tensor) for item in items):
@@ -210,7 +216,7 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 def shape_of(tensor: Tensor) -> Shape:
     if type(tensor) is not Tensor or tensor.layout is not torch.strided:
         raise Unclear("a tensor of another kind")
-    return Shape(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    return Shape(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 @contextmanager
@@ -223,6 +229,17 @@ def _exporting() -> Iterator[None]:
         yield
     finally:
         compiler._is_compiling_flag, compiler._is_exporting_flag = before
+
+
+@contextmanager
+def _open() -> Iterator[None]:
+    """Torch's own encoder layers as the operators that they are made of, and not as one that is for inference alone."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
@@ -260,6 +277,7 @@ def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
             if type(value) in (dict, list, OrderedDict):
                 before.append((value, value.copy()))
     try:
+        forgotten(module)
         for path, part in module.named_modules():
             for held in (part._parameters, part._buffers):
                 for name, tensor in held.items():
@@ -281,6 +299,8 @@ class Runner:
 
     def __init__(self, module: nn.Module, example: Mapping[str, Tensor]) -> None:
         self.module, self.example = module, example
+        self.results: list[Any] = []
+        self.without_values: list[weakref.ref[Tensor]] = []  # what recordings made
         self.own: dict[str, Tensor] = {}
         self.known: dict[int, tuple[Tensor, str]] = {}
         devices = {tensor.device for tensor in example.values()}
@@ -303,16 +323,29 @@ class Runner:
 
     def __call__(self, moved: Mapping[tuple[str, int], int]) -> Recording:
         """One run, with some sizes of the inputs changed."""
+        record = self._record(moved)
+        self.results.append(record.result)
+        forget(self)  # the next run makes what is cached itself
+        return record
+
+    def _record(self, moved: Mapping[tuple[str, int], int]) -> Recording:
         known, inputs = dict(self.known), {}
         for name, tensor in self.example.items():
             size = [moved.get((name, dim), length) for dim, length in enumerate(tensor.shape)]
             inputs[name] = torch.empty(size, dtype=tensor.dtype, device=META)
             known[id(inputs[name])] = inputs[name], name
         recorder = _Recorder(known, self.device)
+        try:
+            return self._recorded(recorder, inputs, bool(moved))
+        finally:
+            self.without_values += [weakref.ref(t) for t in recorder.alive if t.is_meta]
+
+    def _recorded(self, recorder: _Recorder, inputs: dict[str, Tensor], moved: bool) -> Recording:
         with (
             torch.random.fork_rng(devices=[]),
             torch.no_grad(),
             _exporting(),
+            _open(),
             _swapped(self.module, self.own),
             # Which modules ran is the same at every size.
             nullcontext() if moved else _stacked(self.module, recorder.stack),
@@ -348,3 +381,26 @@ def _refs_in(value: Any) -> Iterator[Ref]:
 
 def used(recording: Recording) -> set[str]:
     return {ref.item for ref in refs(recording) if isinstance(ref.item, str)}
+
+
+def forget(run: Runner) -> None:
+    """Take tensors without values out of caches that are not the network's, such as functools.lru_cache and dicts of a file.
+
+    Args:
+        run: what recorded; what its recordings returned stays.
+    """
+    known = {id(leaf) for leaf in pytree.tree_leaves((run.results, run.own))}
+    if all((t := found()) is None or id(t) in known for found in run.without_values):
+        return
+    gc.collect()
+    left = [t for found in run.without_values if (t := found()) is not None and id(t) not in known]
+    own = {id(tensor) for tensor in left}
+    holders: list[Any] = [h for h in gc.get_referrers(*left) if h is not left] if left else []
+    for holder in holders:
+        if type(holder) in (dict, OrderedDict):
+            for key in [key for key, value in holder.items() if id(value) in own]:
+                del holder[key]
+    if holders:
+        for wrapper in gc.get_objects():
+            if type(wrapper) is functools._lru_cache_wrapper:
+                wrapper.cache_clear()

@@ -65,6 +65,7 @@ class Builder:
         recordings: the first as given, one for each free size, and the last with all of them changed by much. With one free size, two
             recordings are enough where all that follows it is in proportion to it.
         far: place → its size in the last recording.
+        checks: place → its size, for further recordings before the last, that only confirm.
     """
 
     def __init__(
@@ -73,11 +74,16 @@ class Builder:
         groups: Sequence[tuple[tuple[str, int], ...]],
         recordings: Sequence[Recording],
         far: Mapping[tuple[str, int], int] | None = None,
+        checks: Sequence[Mapping[tuple[str, int], int]] = (),
     ) -> None:
         self.run, self.groups, self.recordings = run, groups, recordings
         example = run.example
         self.old = [example[dims[0][0]].shape[dims[0][1]] for dims in groups]
         self.far = [far[dims[0]] for dims in groups] if far else []
+        self.checks = [
+            [sizes.get(dims[0], old) for dims, old in zip(groups, self.old, strict=True)]
+            for sizes in checks
+        ]
         self.confirmed = len(recordings) != len(groups) + 1
         near = [other_size(example, dims[0], 1) for dims in groups]
         self.new = near if self.confirmed else self.far
@@ -254,6 +260,8 @@ class Builder:
         points = [list(self.old) for _ in values]
         for index in range(len(self.groups)):
             points[index + 1][index] = self.new[index]
+        for index, check in enumerate(self.checks):
+            points[len(self.groups) + 1 + index] = check
         points[-1] = list(self.far)
         for point, value in zip(points, values, strict=True):
             product = size.factor

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -73,5 +73,16 @@ def quiet() -> Iterator[None]:
 
 
 def forgotten(module: nn.Module) -> nn.Module:
-    """The module in evaluation mode, without what it keeps of its weights for it, as LeViT its biases: training mode makes it forget."""
-    return module.train().eval()
+    """The module without what it keeps of its weights from run to run: the tensors in dicts of its that are called caches.
+
+    LeViT keeps its biases so; of other weights they would be wrong.
+    """
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if (
+                type(value) is dict
+                and "cache" in name
+                and any(isinstance(t, Tensor) for t in value.values())
+            ):
+                value.clear()
+    return module

@@ -19,7 +19,7 @@ from tinier.graph.capture import DependsOnData, capture, register
 from tinier.graph.fast import record
 from tinier.graph.functional import without_writes
 from tinier.graph.origin import line_of
-from tinier.graph.states import evaluating, forgotten, quiet
+from tinier.graph.states import evaluating, quiet
 from tinier.graph.unfuse import unfuse
 
 MOST_BATCH = 2**16  # a batch size that is free up to here is free
@@ -76,7 +76,6 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     check(module)
     names = tuple(example)
     with evaluating(module):
-        forgotten(module)
         try:
             with quiet():
                 graph, result = record(module, example, _free, _lengths)
@@ -270,9 +269,9 @@ def plain(exported: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:
     own: dict[int, Tensor] = {}
     root = nn.Module()
     tensor: Tensor
-    written = _written(graph)
+    changed = written(graph)
     for name, tensor in exported.named_parameters(remove_duplicate=False):
-        data = tensor.detach().clone() if name in written else tensor.detach()
+        data = tensor.detach().clone() if name in changed else tensor.detach()
         parameter = nn.Parameter(data, tensor.requires_grad)
         register(root, name, own.setdefault(id(tensor), parameter))
     for name, tensor in exported.named_buffers(remove_duplicate=False):
@@ -319,7 +318,7 @@ def _inlined(
     return tuple(blocked)
 
 
-def _written(graph: fx.Graph) -> set[str]:
+def written(graph: fx.Graph) -> set[str]:
     """Names of the parameters and buffers that an operator of the graph writes to."""
     return {
         str(source.target)

@@ -17,6 +17,7 @@ from tinier.network import Network
 OPSET = 18
 PRODUCER = "tinier"
 SMALL = 1e-7
+NEVER = -1e30
 
 
 def write_onnx(network: Network, path: Path) -> None:
@@ -100,6 +101,9 @@ def _negate(program: torch.export.ExportedProgram) -> None:
         if node.args[2:] not in ((), (1,)) or node.kwargs:
             continue
         source = node.args[0]
+        kind = source.meta["val"].dtype
+        if kind.is_floating_point or not kind.is_signed or not isinstance(node.args[1], float):
+            continue
         with graph.inserting_before(node):
             negative = graph.call_function(aten.neg.default, (source,))
         negative.meta = {**node.meta, "val": -source.meta["val"]}
@@ -127,13 +131,18 @@ def _attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scaled = op.Mul(query, op.CastLike(op.Constant(value_float=float(factor)), query))
     weights = op.MatMul(scaled, op.Transpose(key, perm=order))
-    if attn_mask is not None:
-        if attn_mask.dtype == onnx_ir.DataType.BOOL:
-            never = op.CastLike(op.Constant(value_float=float("-inf")), weights)
-            weights = op.Where(attn_mask, weights, never)
-        else:
-            weights = op.Add(weights, attn_mask)
-    return op.MatMul(op.Softmax(weights, axis=-1), value)
+    if attn_mask is None:
+        return op.MatMul(op.Softmax(weights, axis=-1), value)
+    # A finite number for −∞, and zeros where all is masked, as torch has them: runtimes make NaN of what they fuse.
+    zero, never = (op.CastLike(op.Constant(value_float=n), weights) for n in (0.0, NEVER))
+    mask = (
+        op.Where(attn_mask, zero, never)
+        if attn_mask.dtype == onnx_ir.DataType.BOOL
+        else op.Max(attn_mask, never)
+    )
+    shares = op.Softmax(op.Add(weights, mask), axis=-1)
+    seen = op.Greater(op.ReduceMax(mask, op.Constant(value_ints=[-1]), keepdims=1), never)
+    return op.MatMul(op.Where(seen, shares, zero), value)
 
 
 def _all_true(self: Any) -> Any:
