@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tinier.graph.record import Recording, Runner, forget
+from tinier.graph.record import Recording, Runner
 from tinier.graph.recorded import Builder, Unconfirmed, other_size
 
 Place = tuple[str, int]  # an input and one of its dimensions
@@ -49,7 +49,7 @@ def record(
                 return _graph(run, base, [*places, *lengths], lengths)
         return _graph(run, base, places, [])
     finally:
-        forget(run)
+        run.forget()
 
 
 def _places(example: Mapping[str, Tensor], free: Callable[[Tensor], range]) -> list[Place]:

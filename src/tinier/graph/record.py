@@ -4,9 +4,6 @@ The network runs on the meta device, where operators only compute shapes, and ev
 linear layers and attention stay whole.
 """
 
-import functools
-import gc
-import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -16,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import TensorBase
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules import module as hooks
 from torch.utils import _pytree as pytree
 
+from tinier.graph.around import exporting, forget, located, opened
 from tinier.graph.shapes import META, QUICK
 from tinier.graph.states import forgotten
 
@@ -65,33 +62,6 @@ class Recording:
     constants: dict[str, Tensor] = field(default_factory=dict)
     result: Any = None
     outputs: list[Ref] = field(default_factory=list)
-
-
-@contextmanager
-def _located(recorder: "_Recorder") -> Iterator[None]:
-    """Tensors without values say that they are where the network is: models ask, and take other ways on other devices.
-
-    Only to the network's own code: inside of operators they are on the meta device.
-    """
-    real, device = TensorBase.device, recorder.device
-
-    def where(tensor: Tensor) -> torch.device:
-        found = real.__get__(tensor)
-        return device if found == META and not recorder.inside else found
-
-    # Attributes of the subclass in Python hide those of the base class in C for as long as they are there.
-    answers = {
-        "device": where,
-        "is_cpu": lambda tensor: where(tensor).type == "cpu",
-        "is_cuda": lambda tensor: where(tensor).type == "cuda",
-    }
-    for name, answer in answers.items():
-        setattr(Tensor, name, property(answer))
-    try:
-        yield
-    finally:
-        for name in answers:
-            delattr(Tensor, name)
 
 
 class _Recorder(ProxyTorchDispatchMode):
@@ -220,29 +190,6 @@ def shape_of(tensor: Tensor) -> Shape:
 
 
 @contextmanager
-def _exporting() -> Iterator[None]:
-    """What models ask to know whether they are traced, as torch.export answers it."""
-    compiler: Any = sys.modules["torch.compiler"]
-    before = compiler._is_compiling_flag, compiler._is_exporting_flag
-    compiler._is_compiling_flag = compiler._is_exporting_flag = True
-    try:
-        yield
-    finally:
-        compiler._is_compiling_flag, compiler._is_exporting_flag = before
-
-
-@contextmanager
-def _open() -> Iterator[None]:
-    """Torch's own encoder layers as the operators that they are made of, and not as one that is for inference alone."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
 def _stacked(module: nn.Module, stack: list[tuple[str, tuple[str, str]]]) -> Iterator[None]:
     """Inside, ``stack`` says which modules are running, as torch.export writes it to its nodes."""
     names: dict[int, tuple[str, tuple[str, str]]] = {}
@@ -325,8 +272,12 @@ class Runner:
         """One run, with some sizes of the inputs changed."""
         record = self._record(moved)
         self.results.append(record.result)
-        forget(self)  # the next run makes what is cached itself
+        self.forget()
         return record
+
+    def forget(self) -> None:
+        """Leave no tensors without values in caches outside of the network; the next run makes what is cached itself."""
+        forget(self.without_values, (self.results, self.own))
 
     def _record(self, moved: Mapping[tuple[str, int], int]) -> Recording:
         known, inputs = dict(self.known), {}
@@ -344,14 +295,14 @@ class Runner:
         with (
             torch.random.fork_rng(devices=[]),
             torch.no_grad(),
-            _exporting(),
-            _open(),
+            exporting(),
+            opened(),
             _swapped(self.module, self.own),
             # Which modules ran is the same at every size.
             nullcontext() if moved else _stacked(self.module, recorder.stack),
             enable_python_dispatcher(),
             recorder,
-            nullcontext() if self.device == META else _located(recorder),
+            nullcontext() if self.device == META else located(self.device, lambda: recorder.inside),
         ):
             result = self.module(**inputs)
         record = recorder.record
@@ -381,26 +332,3 @@ def _refs_in(value: Any) -> Iterator[Ref]:
 
 def used(recording: Recording) -> set[str]:
     return {ref.item for ref in refs(recording) if isinstance(ref.item, str)}
-
-
-def forget(run: Runner) -> None:
-    """Take tensors without values out of caches that are not the network's, such as functools.lru_cache and dicts of a file.
-
-    Args:
-        run: what recorded; what its recordings returned stays.
-    """
-    known = {id(leaf) for leaf in pytree.tree_leaves((run.results, run.own))}
-    if all((t := found()) is None or id(t) in known for found in run.without_values):
-        return
-    gc.collect()
-    left = [t for found in run.without_values if (t := found()) is not None and id(t) not in known]
-    own = {id(tensor) for tensor in left}
-    holders: list[Any] = [h for h in gc.get_referrers(*left) if h is not left] if left else []
-    for holder in holders:
-        if type(holder) in (dict, OrderedDict):
-            for key in [key for key, value in holder.items() if id(value) in own]:
-                del holder[key]
-    if holders:
-        for wrapper in gc.get_objects():
-            if type(wrapper) is functools._lru_cache_wrapper:
-                wrapper.cache_clear()
