@@ -25,7 +25,7 @@ from tinier.network import Network
 from tinier.targets.base import Target, targets_for
 
 KEEPS = (0.5, 0.25)
-ROUNDINGS = (1, 8)
+ROUNDINGS = (1, 8, 16)
 RUNTIMES = ("onnxruntime", "openvino")
 
 
