@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tinier.edits.base import Plan
 from tinier.edits.slice import Slice, prove
+from tinier.errors import InputError
 from tinier.graph.groups import channel_groups
 from tinier.modules.piece import Piece
 from tinier.network import Network
@@ -379,3 +380,29 @@ def test_what_a_class_keeps_of_its_old_weights_is_forgotten() -> None:
     pruned = Plan((Slice.of(group, range(5)),)).apply(network)
     assert type(pruned.module) is Cached
     assert prove(network, pruned, Plan((Slice.of(group, range(5)),)), seed=5) <= 1e-5
+
+
+class Halving(nn.Module):
+    """Numbers that follow the length by no line, and a size that keeps the class from being cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 16, 3, padding=1), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool1d(self.first(x).relu(), 2)
+        if y.shape[1] != 8 * 2:
+            raise ValueError("16 channels are needed")
+        return self.second(y.sum(-1) / y.shape[-1])
+
+
+def test_a_graph_refuses_sizes_that_it_was_not_made_for() -> None:
+    torch.manual_seed(0)
+    network = Network(Halving().eval(), {"x": torch.randn(2, 3, 50)})
+    (group,) = channel_groups(network.traced).groups
+    pruned = Plan((Slice.of(group, range(6)),)).apply(network)
+    assert not isinstance(pruned.module, Halving)
+    assert pruned.module(torch.randn(7, 3, 50)).shape == (7, 2)
+    with pytest.raises(InputError, match="3 × 50 is needed"):
+        pruned.module(torch.randn(7, 3, 100))
+    assert pruned.traced.batched

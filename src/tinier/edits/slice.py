@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import has_side_effect
 
 from tinier.edits.base import Edit, Plan
 from tinier.edits.proof import (
@@ -21,12 +22,12 @@ from tinier.edits.proof import (
 )
 from tinier.edits.rewrite import Kept, kept_along, sliced_graph
 from tinier.edits.stock import stock_modules
-from tinier.errors import ModelError, RefusedError
+from tinier.errors import InputError, ModelError, RefusedError
 from tinier.graph.axes import Atom
 from tinier.graph.groups import Channels, Group, channel_groups
 from tinier.graph.same import same_graph
 from tinier.graph.states import repeatable
-from tinier.graph.trace import Traced, isolated, leaves
+from tinier.graph.trace import Traced, is_free, isolated, leaves
 from tinier.modules.masked import hold, masks_of
 from tinier.modules.piece import replaced
 from tinier.network import Network
@@ -246,7 +247,12 @@ def _agree(found: list[tuple[Tensor, ...]], wanted: list[tuple[Tensor, ...]]) ->
 
 
 def named(graph: fx.GraphModule, traced: Traced) -> fx.GraphModule:
-    """The graph returning what the user's module did: one tensor, a tuple, or a dict by output name."""
+    """The graph returning what the user's module did: one tensor, a tuple, or a dict by output name; inputs of other sizes are refused."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    with graph.graph.inserting_after(inputs[-1]):
+        for node, old in zip(inputs, traced.module.graph.find_nodes(op="placeholder"), strict=True):
+            fixed = tuple(None if is_free(size) else int(size) for size in old.meta["val"].shape)
+            graph.graph.call_function(check_sizes, (node, fixed, str(node.target)))
     output = next(iter(graph.graph.find_nodes(op="output")))
     values = output.args[0]
     assert isinstance(values, tuple)
@@ -256,3 +262,21 @@ def named(graph: fx.GraphModule, traced: Traced) -> fx.GraphModule:
         output.args = (dict(zip(traced.outputs, values, strict=True)),)
     graph.recompile()
     return graph
+
+
+@has_side_effect
+def check_sizes(tensor: Tensor, sizes: tuple[int | None, ...], name: str) -> None:
+    """Refuse an input whose sizes a traced graph was not made for; None is free.
+
+    Raises:
+        InputError: the input has other sizes where they are fixed.
+    """
+    found = tuple(tensor.shape)
+    if len(found) != len(sizes) or any(
+        size is not None and size != length for size, length in zip(sizes, found, strict=False)
+    ):
+        wanted = " × ".join("free" if size is None else str(size) for size in sizes)
+        raise InputError(
+            f"{name}: {' × '.join(map(str, found))} was given, {wanted} is needed: the network is a traced graph, whose other sizes are "
+            "those of the example; prune with an example of the sizes that you need"
+        )

@@ -86,7 +86,7 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     without_writes(graph)
     dims = _dims(example)
     for node in graph.graph.find_nodes(op="placeholder"):
-        dims[node.target] = [d for d, size in enumerate(node.meta["val"].shape) if _is_free(size)]
+        dims[node.target] = [d for d, size in enumerate(node.meta["val"].shape) if is_free(size)]
 
     def export() -> ExportedProgram:
         with evaluating(module):
@@ -141,13 +141,13 @@ def _bounded(exported: ExportedProgram) -> bool:
 
 def _batched(graph: fx.GraphModule) -> bool:
     return all(
-        _is_free(node.meta["val"].shape[0])
+        is_free(node.meta["val"].shape[0])
         for node in graph.graph.find_nodes(op="placeholder")
         if node.meta["val"].ndim
     )
 
 
-def _is_free(size: Any) -> bool:
+def is_free(size: Any) -> bool:
     """A symbol may have been found to have one value only: ``len(x)`` in a model fixes it."""
     return not isinstance(size, int) and size.node.maybe_as_int() is None
 
