@@ -153,6 +153,14 @@ class Negative(nn.Module):
         return (255 - x).float() / 255
 
 
+class Unbound(nn.Module):
+    """Rows apart: onnxscript's optimizer stumbles over a sequence without sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.view(x.shape[0], 2, -1).unbind(1)
+        return first * 2 - second
+
+
 class Inverted(nn.Module):
     """A fraction minus integers."""
 
@@ -165,6 +173,7 @@ HARD: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {
     "padded_pool": (PaddedPool(), {"x": torch.linspace(-2, 2, 64).view(2, 1, 4, 8)}),
     "five_dimensions": (FiveDimensions(False), {"x": torch.linspace(-2, 2, 128).view(2, 64)}),
     "boolean_mask": (FiveDimensions(True), {"x": torch.linspace(-2, 2, 128).view(2, 64)}),
+    "unbound": (Unbound(), {"x": torch.linspace(-2, 2, 24).view(2, 12)}),
     "all_masked": (AllMasked(), {"x": torch.linspace(-2, 2, 128).view(2, 64)}),
     "negative": (Negative(), {"x": torch.arange(12, dtype=torch.uint8).view(2, 6)}),
     "inverted": (Inverted(), {"mask": torch.tensor([[1, 0, 1], [0, 0, 1]])}),

@@ -1,5 +1,6 @@
 """The ONNX file that ONNX Runtime and OpenVINO read: standard operators, no metadata, free batch size."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,14 @@ def to_onnx(network: Network) -> onnx.ModelProto:
             )
             assert program is not None
             _keep_small_terms(program.model)
-            program.optimize()
+            _optimize(program)
     # The exporter's passes raise errors of several packages that have no common base.
     except Exception as error:
         raise RefusedError(f"{network.name} cannot be written as ONNX: {_reason(error)}") from error
     model = program.model_proto
     _average_globally(model)
     _pad_apart(model)
+    _drop_unused(model)
     _name_dimensions(model)
     _name_values(model)
     _strip(model)
@@ -178,6 +180,12 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[:3]) or type(error).__name__
 
 
+def _optimize(program: Any) -> None:
+    """Fold and fuse; what onnxscript stumbles over, as it does over unbind, stays as it is, and is valid and slower."""
+    with contextlib.suppress(Exception):
+        program.optimize()
+
+
 def _keep_small_terms(model: Any) -> None:
     """x + ε stays where onnxscript's optimizer would take ε for 0, up to 1e-8: ``Sum`` is the same, and no pattern of its own."""
     for node in model.graph.all_nodes():
@@ -205,6 +213,22 @@ def _pad_apart(model: onnx.ModelProto) -> None:
             name = f"{node.output[0]}_axes"
             graph.initializer.append(numpy_helper.from_array(np.arange(rank), name))
             node.input.extend([""] * (3 - len(node.input)) + [name])
+
+
+def _drop_unused(model: onnx.ModelProto) -> None:
+    """Without constants that nothing reads, of which ONNX Runtime would complain."""
+    used: set[str] = set()
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        used.update(value.name for value in graph.output)
+        for node in graph.node:
+            used.update(node.input)
+            for attribute in node.attribute:
+                graphs += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+    for index in reversed(range(len(model.graph.initializer))):
+        if model.graph.initializer[index].name not in used:
+            del model.graph.initializer[index]
 
 
 def _average_globally(model: onnx.ModelProto) -> None:
