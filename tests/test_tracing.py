@@ -662,7 +662,11 @@ class ByDevice(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        y = y.relu() if y.device.type == "cpu" and y.is_cpu and not y.is_cuda else y.sigmoid()
+        y = (
+            y.relu()
+            if y.device.type == "cpu" and y.is_cpu and not (y.is_cuda or y.is_meta)
+            else y.sigmoid()
+        )
         return self.b(y) + torch.arange(4, device=x.device)
 
 
@@ -674,7 +678,7 @@ def test_branches_on_the_device_are_those_of_the_network(batch: int) -> None:
     assert not traced.by_export and traced.batched == (batch > 1)
     x = torch.randn(batch, 6)
     torch.testing.assert_close(traced.module(x=x)[0], module(x))
-    assert not {"device", "is_cpu", "is_cuda"} & set(vars(Tensor))
+    assert not {"device", "is_cpu", "is_cuda", "is_meta"} & set(vars(Tensor))
     assert torch.empty(1, device="meta").device.type == "meta"
     assert any(
         isinstance(n.meta.get("val"), Tensor) and n.meta["val"].device.type == "cpu"

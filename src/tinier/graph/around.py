@@ -36,6 +36,7 @@ def located(device: torch.device, inside: Callable[[], bool]) -> Iterator[None]:
         "device": where,
         "is_cpu": lambda tensor: where(tensor).type == "cpu",
         "is_cuda": lambda tensor: where(tensor).type == "cuda",
+        "is_meta": lambda tensor: where(tensor) == META,
     }
     for name, answer in answers.items():
         setattr(Tensor, name, property(answer))
