@@ -19,7 +19,7 @@ from tinier.measure.memory import Memory
 from tinier.measure.parity import Parity, ParityRow
 from tinier.measure.quality import Quality
 from tinier.report import terminal, words
-from tinier.report.chart import _ticks
+from tinier.report.chart import _ticks, chart
 from tinier.report.html import html
 from tinier.report.rows import rows, summary
 from tinier.report.terminal import Bars, show
@@ -433,3 +433,24 @@ def test_a_phone_needs_no_sideways_scrolling(tmp_path: Path) -> None:
     document, _ = browse(tmp_path / "phone.html", tmp_path)
     found = re.search(r"<title>(\d+) of (\d+)</title>", document)
     assert found is not None and 300 < int(found[1]) <= int(found[2]) <= 375
+
+
+def test_the_drawn_line_never_goes_back() -> None:
+    drawing = chart(result())
+    assert drawing is not None
+    drawn = [p for p in _data(drawing.specification) if p["kind"] != "dropped"]
+    line = sorted((p for p in drawn if p["edge"]), key=lambda p: p["latency"])
+    assert len(line) > 1
+    assert [p["quality"] for p in line] == sorted(p["quality"] for p in line)
+    for point in drawn:
+        beaten = any(
+            p["latency"] <= point["latency"] and p["quality"] >= point["quality"]
+            for p in drawn
+            if p is not point
+        )
+        assert point["edge"] != beaten, point["name"]
+
+
+def _data(specification: dict[str, Any]) -> list[dict[str, Any]]:
+    layer = next(one for one in specification["layer"] if "datum.edge" in str(one.get("transform")))
+    return list((layer.get("data") or specification["data"])["values"])

@@ -114,7 +114,7 @@ def _points(found: Sequence[Row], result: Result) -> list[Row]:
     largest = max((row["size_bytes"] or 0 for row in found), default=0) or 1
     # The float network is one network on every runtime: where one of them was judged, its quality is that of all.
     known = [row["quality"] for row in found if row["original"] and row["quality"] is not None]
-    points = []
+    points: list[Row] = []
     for row in found:
         quality, note = row["quality"], ""
         if quality is None and row["original"] and known:
@@ -130,7 +130,6 @@ def _points(found: Sequence[Row], result: Result) -> list[Row]:
                 "kind": "taken" if row["taken"] else kind,
                 "name": name,
                 "runtime": row["runtime"],
-                "front": row["front"],
                 "latency": row["latency_ms"],
                 "quality": quality,
                 "bytes": row["size_bytes"] or 0,
@@ -142,6 +141,11 @@ def _points(found: Sequence[Row], result: Result) -> list[Row]:
                 "why": row["reason"],
             }
         )
+    # The front itself is of three axes (size too); drawn in two, its line would run back and forth.
+    best = float("-inf")
+    for point in sorted(points, key=lambda p: (p["latency"], -_up(result) * p["quality"])):
+        point["edge"] = point["kind"] != "dropped" and _up(result) * point["quality"] > best
+        best = max(best, _up(result) * point["quality"]) if point["edge"] else best
     return points
 
 
@@ -242,7 +246,7 @@ def _specification(
     below = base.transform_filter("datum.outside")
     taken = base.transform_filter("datum.kind == 'taken'")
     layers += [
-        base.transform_filter("datum.front && !datum.outside")
+        base.transform_filter("datum.edge && !datum.outside")
         .mark_line(color="var(--faint)", strokeWidth=1.5)
         .encode(x=x, y=y, order="latency:Q"),
         hollow.mark_point(filled=False, strokeWidth=1.5, fill="transparent", opacity=0.75).encode(

@@ -203,7 +203,7 @@ def _front(result: Result, drawing: Drawing | None, note: str) -> str:
     keys.append("<li>area: size on disk</li>")
     better = "higher" if result.facts.get("higher_is_better", True) else "lower"
     caption = [
-        f"Vertically {metric} on the examples that compare candidates ({better} is better); the line is the front."
+        f"Vertically {metric} on the examples that compare candidates ({better} is better); the line joins those that none beats in both."
     ]
     if drawing.outside:
         caption.append(f"▽ {drawing.outside} below the scale.")
