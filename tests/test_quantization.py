@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from networks import NETWORKS, inputs
 from networks import build as build_network
-from tinier.edits.base import Plan
-from tinier.edits.quantize import Quantize
+from tinier.edits.base import Plan, Values
+from tinier.edits.quantize import Quantize, QuantizeWeight
 from tinier.errors import DataError, InputError, RefusedError
 from tinier.graph.fold import fold
 from tinier.graph.placement import place
@@ -259,9 +259,10 @@ def test_options_and_networks_that_cannot_be() -> None:
     with pytest.raises(RefusedError, match="quantized already"):
         StaticQuantization().plan(plan.apply(network), statistics)
     with pytest.raises(RefusedError, match="no value nowhere"):
-        Plan((Quantize("nowhere", (1.0,), (0,), 0, 255),)).apply(network)
+        Plan((Quantize("nowhere", 1.0, 0, 0, 255),)).apply(network)
     with pytest.raises(RefusedError, match=r"no parameter nothing\.weight"):
-        Plan((Quantize("nothing.weight", (1.0,), (0,), -127, 127, 0),)).apply(network)
+        one, zero = Values(torch.ones(1, 1)), Values(torch.zeros(1, 1, dtype=torch.int64))
+        Plan((QuantizeWeight("nothing.weight", one, zero, -127, 127),)).apply(network)
     other = build("residual_cnn")
     with pytest.raises(RefusedError, match="statistics have nothing of"):
         StaticQuantization().plan(other, statistics)

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from tinier.edits.base import Plan
-from tinier.edits.quantize import Quantize, refuse_quantized
+from tinier.edits.base import Plan, Values
+from tinier.edits.quantize import Quantize, QuantizeWeight, refuse_quantized
 from tinier.errors import InputError, RefusedError
 from tinier.graph.fold import fold, parameter_of, read
 from tinier.graph.placement import ROLES, Placement, place
@@ -139,9 +139,9 @@ class StaticQuantization(Method):
 
     def _weights(
         self, module: fx.GraphModule, placement: Placement, activations: list[Quantize]
-    ) -> list[Quantize]:
+    ) -> list[QuantizeWeight]:
         integers = Integers.signed(self.bits)
-        steps = {edit.tensor: edit.scale[0] for edit in activations}
+        steps = {edit.tensor: edit.scale for edit in activations}
         nodes = {node.name: node for node in module.graph.nodes}
         edits = []
         for name, (axis, users) in placement.weights.items():
@@ -150,10 +150,10 @@ class StaticQuantization(Method):
             for user in users:
                 scale = torch.maximum(scale, _least_for_bias(module, nodes[user], steps))
             edits.append(
-                Quantize(
+                QuantizeWeight(
                     name,
-                    tuple(scale.tolist()),
-                    (0,) * len(scale),
+                    Values(scale[:, None].clone()),
+                    Values(torch.zeros(len(scale), 1, dtype=torch.int64)),
                     integers.low,
                     integers.high,
                     axis,
@@ -175,7 +175,7 @@ def _edit(
     name: str, parameters: tuple[float, int], integers: Integers, readers: tuple[str, ...]
 ) -> Quantize:
     scale, zero_point = parameters
-    return Quantize(name, (scale,), (zero_point,), integers.low, integers.high, readers=readers)
+    return Quantize(name, scale, zero_point, integers.low, integers.high, readers)
 
 
 def _fits(scale: float, zero_point: int, integers: Integers, bounds: Bounds) -> bool:

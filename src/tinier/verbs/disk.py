@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tinier.edits.base import Plan
 from tinier.edits.config import standard
 from tinier.edits.mask import unmask
-from tinier.edits.quantize import Quantize
 from tinier.errors import InputError, OutputError
 from tinier.graph import archive
 from tinier.modules.keras import KerasModule
@@ -146,7 +145,7 @@ def load(folder: str | Path, into: Any = None, example: Example | None = None) -
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder / PLAN} cannot be read: {error}") from error
     # Ranges belong to the artifact: the weights on disk are float and trainable.
-    plan = Plan(tuple(edit for edit in plan.edits if not isinstance(edit, Quantize)))
+    plan = Plan(tuple(edit for edit in plan.edits if not edit.of_artifact))
     smaller = plan.apply(network)
     try:
         weights = load_file(folder / WEIGHTS)
