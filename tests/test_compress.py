@@ -65,7 +65,7 @@ def test_the_folder_has_everything(run: Run) -> None:
     assert all(file.stat().st_mode & 0o044 == 0o044 for file in run.folder.iterdir())
     recipe = tomllib.loads((run.folder / "recipe.toml").read_text())
     assert [step["method"] for step in recipe["steps"]] == [
-        "channel_pruning", "compensate", "recover", "static_quantization",
+        "channel_pruning", "compensate", "recover", "quantization",
     ]  # fmt: skip
     assert recipe["settings"]["seed"] == 0 and recipe["limits"] == {"max_drop": 0.04}
     certificate = json.loads((run.folder / "certificate.json").read_text())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from networks import build, inputs
 from tinier.errors import RefusedError
-from tinier.methods.static_quantization import StaticQuantization
+from tinier.methods.quantization import Quantization
 from tinier.network import Network
 from tinier.statistics import collect
 from tinier.targets.onnx_file import write_onnx
@@ -58,7 +58,7 @@ def test_float_network(tmp_path: Path) -> None:
 def test_quantized_network(tmp_path: Path) -> None:
     network = build("residual_cnn")
     data = [inputs("residual_cnn", 8, seed) for seed in (1, 2)]
-    result = StaticQuantization().plan(network, collect(network, data)).apply(network)
+    result = Quantization().plan(network, collect(network, data)).apply(network)
     write_onnx(network, tmp_path / "float.onnx")
     write_onnx(result, tmp_path / "integers.onnx")
     model = assert_clean(tmp_path / "integers.onnx")

@@ -19,7 +19,7 @@ from tinier.edits.quantize import Quantize, QuantizeWeight
 from tinier.errors import DataError, InputError, RefusedError
 from tinier.graph.fold import fold
 from tinier.graph.placement import place
-from tinier.methods.static_quantization import StaticQuantization
+from tinier.methods.quantization import Quantization
 from tinier.network import Network
 from tinier.statistics import collect
 from tinier.targets.onnx_file import write_onnx
@@ -35,7 +35,7 @@ def batches(name: str, count: int = 2, size: int = 8) -> list[dict[str, Tensor]]
 
 
 def quantized(network: Network, data: list[dict[str, Tensor]], **options: object) -> Network:
-    method = StaticQuantization(**options)  # type: ignore[arg-type]
+    method = Quantization(**options)  # type: ignore[arg-type]
     return method.plan(network, collect(network, data)).apply(network)
 
 
@@ -205,7 +205,7 @@ def test_pairs_come_after_activation_functions_and_around_adds() -> None:
 
 def test_what_moves_values_and_concatenations_share_one_scale() -> None:
     network, data = own(Joined, 3, 8, 8)
-    plan = StaticQuantization().plan(network, collect(network, data))
+    plan = Quantization().plan(network, collect(network, data))
     module = fold(network.traced.module)
     (joined,) = [node for node in module.graph.nodes if "aten.cat" in str(node.target)]
     last = {edit.tensor: edit for edit in plan.edits if isinstance(edit, Quantize)}
@@ -230,7 +230,7 @@ def test_plan_leaves_everything_as_it_is_and_is_deterministic() -> None:
     network = build("residual_cnn")
     before = {name: value.clone() for name, value in network.module.state_dict().items()}
     statistics = collect(network, batches("residual_cnn"))
-    method = StaticQuantization(ranges="mse")
+    method = Quantization(ranges="mse")
     plan, again = method.plan(network, statistics), method.plan(network, statistics)
     assert plan == again
     assert Plan.from_json(plan.to_json()) == plan
@@ -248,16 +248,16 @@ def test_plan_leaves_everything_as_it_is_and_is_deterministic() -> None:
 
 def test_options_and_networks_that_cannot_be() -> None:
     network = build("mlp")
-    with pytest.raises(InputError, match="ranges='entropy'"):
-        StaticQuantization(ranges="entropy")
+    with pytest.raises(InputError, match="ranges='mode'"):
+        Quantization(ranges="mode")
     with pytest.raises(InputError, match="bits=1"):
-        StaticQuantization(bits=1)
+        Quantization(bits=1)
     with pytest.raises(InputError, match="needs data"):
-        StaticQuantization().plan(network)
+        Quantization().plan(network)
     statistics = collect(network, batches("mlp"))
-    plan = StaticQuantization().plan(network, statistics)
+    plan = Quantization().plan(network, statistics)
     with pytest.raises(RefusedError, match="quantized already"):
-        StaticQuantization().plan(plan.apply(network), statistics)
+        Quantization().plan(plan.apply(network), statistics)
     with pytest.raises(RefusedError, match="no value nowhere"):
         Plan((Quantize("nowhere", 1.0, 0, 0, 255),)).apply(network)
     with pytest.raises(RefusedError, match=r"no parameter nothing\.weight"):
@@ -265,10 +265,10 @@ def test_options_and_networks_that_cannot_be() -> None:
         Plan((QuantizeWeight("nothing.weight", one, zero, -127, 127),)).apply(network)
     other = build("residual_cnn")
     with pytest.raises(RefusedError, match="statistics have nothing of"):
-        StaticQuantization().plan(other, statistics)
+        Quantization().plan(other, statistics)
     nothing = Network(nn.ReLU(), {"input": torch.randn(2, 3)})
-    with pytest.raises(RefusedError, match="no convolution or linear layer"):
-        StaticQuantization().plan(nothing, collect(nothing, [{"input": torch.randn(2, 3)}]))
+    with pytest.raises(RefusedError, match="no weight to quantize"):
+        Quantization().plan(nothing, collect(nothing, [{"input": torch.randn(2, 3)}]))
 
 
 # The simulation
@@ -296,7 +296,8 @@ def test_every_network_is_quantized_or_refused(name: str) -> None:
 def test_more_bits_reach_the_float_network(name: str) -> None:
     network, data = build(name), batches(name)
     errors = [
-        relative_error(quantized(network, data, bits=b), network, data[0]) for b in (6, 10, 14)
+        relative_error(quantized(network, data, bits=b, activations=b), network, data[0])
+        for b in (6, 10, 14)
     ]
     assert errors[1] < errors[0] / 4
     assert errors[2] < errors[1] / 4
@@ -321,11 +322,11 @@ def test_dead_channels_and_zero_weights() -> None:
 
 def test_saturation_free_weights() -> None:
     network, data = own(Inverted, 3, 12, 12)
-    method = StaticQuantization(saturation_free=True)
+    method = Quantization(saturation_free=True)
     result = method.plan(network, collect(network, data)).apply(network)
-    repaired = method.repaired(network)
-    assert repaired
-    assert StaticQuantization().repaired(network) == {}
+    statistics = collect(network, data)
+    assert any("no sum saturates" in note for note in method.decide(network, statistics)[1])
+    assert Quantization().decide(network, statistics)[1] == ()
     for name, value in result.module.state_dict().items():
         if value.dtype == torch.int8:
             assert int(pair_sums(value).max()) <= PAIR_LIMIT, name

@@ -19,7 +19,7 @@ import tinier
 from tinier.errors import ModelError
 from tinier.graph.states import quiet
 from tinier.methods.channel_pruning import ChannelPruning
-from tinier.methods.static_quantization import StaticQuantization
+from tinier.methods.quantization import Quantization
 from tinier.network import Network
 from tinier.sources import onnx_compare
 from tinier.sources.load import load
@@ -406,7 +406,7 @@ def test_onnx_of_an_encoder_keeps_batch_and_length_free(tmp_path: Path, way: str
     ]
     if way == "old":
         statistics = collect(pruned, [dict(pruned.example)])
-        quantized = StaticQuantization().plan(pruned, statistics).apply(pruned)
+        quantized = Quantization().plan(pruned, statistics).apply(pruned)
         write_onnx(quantized, tmp_path / "quantized.onnx")
         runs.append((quantized.traced.module, tmp_path / "quantized.onnx", 0.2))
     for run, file, tolerance in runs:

@@ -178,6 +178,8 @@ def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node) -> None:
     write(module, bias_name, nn.Parameter(new_bias.to(weight.dtype), weight.requires_grad))
     with module.graph.inserting_before(before):
         pair = [module.graph.get_attr(weight_name), module.graph.get_attr(bias_name)]
+    for node in pair:
+        node.meta["val"] = read(module, str(node.target))
     before.args = (before.args[0], *pair, *before.args[3:])
     norm.replace_all_uses_with(before)
     module.graph.erase_node(norm)

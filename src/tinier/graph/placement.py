@@ -163,7 +163,7 @@ class Placement:
         return list(self.values)
 
 
-def place(module: fx.GraphModule) -> Placement:
+def place(module: fx.GraphModule, keep: Callable[[str], bool] = lambda name: False) -> Placement:
     """Decide what is quantized.
 
     A convolution's output is always quantized, after the activation function that it fuses with; a linear layer's where an
@@ -172,16 +172,17 @@ def place(module: fx.GraphModule) -> Placement:
 
     Args:
         module: a graph from `fold`.
+        keep: whether layers with a parameter of this name stay float.
 
     Cost:
         One pass over the graph.
     """
-    return _Placer(module).run()
+    return _Placer(module, keep).run()
 
 
 class _Placer:
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+    def __init__(self, module: fx.GraphModule, keep: Callable[[str], bool]) -> None:
+        self.module, self.keep = module, keep
         self.reads: dict[fx.Node, list[fx.Node]] = {}
         self.integer: set[fx.Node] = set()
         self.root: dict[fx.Node, fx.Node] = {}
@@ -226,6 +227,8 @@ class _Placer:
             return "its weight is computed, not a parameter"
         if weight.dtype != torch.float32:
             return f"its weight is {weight.dtype}, float32 is needed"
+        if self.keep(name):
+            return "it was asked to stay float"
         axis, users = self.result.weights.get(name, (role.axis, ()))
         if axis != role.axis:
             return f"its weight {name} is shared with an operator that reads it the other way"

@@ -152,7 +152,7 @@ def _recipe(result: Result, best: Candidate) -> dict[str, Any]:
             }
         )
     if best.variant.ranges:
-        steps.append({"method": "static_quantization", "bits": 8, "ranges": best.variant.ranges})
+        steps.append({"method": "quantization", "bits": 8, "ranges": best.variant.ranges})
     limits = {k: v for k, v in vars(result.limits).items() if v is not None}
     settings = {
         k: result.facts[k]

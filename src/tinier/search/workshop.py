@@ -13,7 +13,7 @@ from tinier.errors import InputError, RefusedError
 from tinier.measure.machine import WIDTH
 from tinier.measure.parity import parity
 from tinier.methods.channel_pruning import ChannelPruning
-from tinier.methods.static_quantization import StaticQuantization
+from tinier.methods.quantization import Quantization
 from tinier.network import Network
 from tinier.progress import Progress
 from tinier.recovery.base import Loss
@@ -116,9 +116,7 @@ class Workshop:
             if variant.ranges:
                 if variant.keep not in self._statistics:
                     self._statistics[variant.keep] = self._collect(network, variant.keep, rough)
-                method = StaticQuantization(
-                    ranges=variant.ranges, saturation_free=self.saturation_free
-                )
+                method = Quantization(ranges=variant.ranges, saturation_free=self.saturation_free)
                 quantization = method.plan(network, self._statistics[variant.keep])
                 network, plan = quantization.apply(network), plan + quantization
             self._networks[variant] = (network, plan)

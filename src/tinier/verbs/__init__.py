@@ -3,9 +3,10 @@
 from tinier.verbs.activations import linearize
 from tinier.verbs.disk import load, save
 from tinier.verbs.pruning import prune
+from tinier.verbs.quantization import quantize
 from tinier.verbs.smaller import Smaller
 from tinier.verbs.sparsity import sparsify
-from tinier.verbs.steps import export, quantize, recover
+from tinier.verbs.steps import export, recover
 
 __all__ = [
     "Smaller",

@@ -1,49 +1,14 @@
-"""Quantize, recover, export: the steps after pruning."""
+"""Recover and export: the steps after pruning and quantization."""
 
 from pathlib import Path
 from typing import Any
 
-from tinier.edits.base import Plan
 from tinier.errors import InputError
-from tinier.measure.machine import machine
-from tinier.methods.static_quantization import StaticQuantization
 from tinier.network import Example
 from tinier.recovery.loop import recover as train_student
-from tinier.statistics import collect
 from tinier.targets.base import Artifact, targets_for
 from tinier.verbs.calibration import ended_early, training
 from tinier.verbs.smaller import Smaller, network_of
-
-BATCH = 64
-
-
-def quantize(
-    model: Any,
-    example: Example | None = None,
-    data: Any = None,
-    *,
-    ranges: str = "mse",
-    bits: int = 8,
-) -> Smaller:
-    """Quantize weights and activations after training, with ranges taken from data.
-
-    Args:
-        model: an ``nn.Module``, a path, or what ``prune`` or ``recover`` gave.
-        example: example inputs; None where the model brings its own.
-        data: a few hundred examples of real inputs; labels are not used.
-        ranges: "minmax" or "mse".
-        bits: of weights and activations.
-    """
-    if data is None:
-        raise InputError("quantize needs data: a few hundred examples that ranges are taken from")
-    network = network_of(model, example, data)
-    examples = training(data, network)
-    batches = (inputs for inputs, _ in examples.batches(BATCH))
-    method = StaticQuantization(ranges=ranges, bits=bits, saturation_free=not machine().vnni)
-    plan = method.plan(network, collect(network, batches))
-    before = model.plan if isinstance(model, Smaller) else Plan()
-    original = model.original if isinstance(model, Smaller) else network
-    return Smaller(plan.apply(network), original, before + plan, network)
 
 
 def recover(

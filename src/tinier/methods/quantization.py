@@ -1,0 +1,250 @@
+"""Quantization after training: integer weights, and activations rounded to ranges that data showed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from tinier.edits.base import Plan
+from tinier.edits.quantize import Quantize, QuantizeWeight, refuse_quantized
+from tinier.errors import InputError, RefusedError
+from tinier.graph.fold import fold
+from tinier.graph.placement import Placement, place
+from tinier.graph.stored import Store, stored
+from tinier.methods.base import Method, covers, must_exist
+from tinier.methods.weight_integers import ROUNDINGS, Scheme, integers_of
+from tinier.network import Network
+from tinier.statistics import Statistics
+from tinier.tensors.affine import Integers, asymmetric, within
+from tinier.tensors.histogram import Histogram
+from tinier.tensors.ranges import activation_range
+
+Bounds = tuple[float, float]
+UNBOUNDED: Bounds = (float("-inf"), float("inf"))
+RULES = ("minmax", "mse")
+WEIGHT_RULES = ("minmax", "percentile", "mse", "importance")
+
+
+@dataclass(frozen=True)
+class Quantization(Method):
+    """Weights with one scale a channel, tensor or group of inputs; activations with one scale a tensor, or left float.
+
+    Attributes:
+        bits: of weights, 2 to 16; up to 8 where activations stay float.
+        activations: bits of activations, 2 to 16; None leaves them float: weights alone are stored as integers.
+        ranges: of activations: ``"minmax"``, or ``"mse"`` for the ranges with the least squared error.
+        weight_ranges: of weights: ``"minmax"``, ``"percentile"``, ``"mse"``, or ``"importance"``: least squared error of each weight times
+            the mean square of its input; None for what ``ranges`` is.
+        group: inputs of a linear layer or entries of an embedding that share a scale; None for one scale a channel. Weights alone only.
+        per_tensor: one scale for all channels of a weight.
+        symmetric: zero points of weights are 0. Integer operators need that; for weights alone it can be false.
+        rounding: ``"nearest"``; ``"error_feedback"``: what rounding one weight changes, the others of its channel take up, as far as the
+            inputs allow; ``"hqq"``: without data, the least error in a norm that forgives outliers.
+        layers: pattern of modules or parameters → bits of weights there, 0 for float; the first that fits counts.
+        exclude: patterns of modules or parameters that stay float.
+        others: whether weights that no integer operator reads are stored as integers, too: recurrent layers, embeddings, transposed
+            convolutions.
+        saturation_free: scale weights so that 16-bit sums of u8 × s8 kernels cannot saturate; needed on x86 CPUs without
+            VNNI, and costs accuracy elsewhere.
+
+    Source:
+        Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference".
+    """
+
+    name: ClassVar[str] = "quantization"
+
+    bits: int = 8
+    activations: int | None = 8
+    ranges: str = "mse"
+    weight_ranges: str | None = None
+    group: int | None = None
+    per_tensor: bool = False
+    symmetric: bool = True
+    rounding: str = "nearest"
+    layers: tuple[tuple[str, int], ...] = ()
+    exclude: tuple[str, ...] = ()
+    others: bool = True
+    saturation_free: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ranges not in RULES:
+            raise InputError(f"ranges={self.ranges!r}: {', '.join(RULES)} are known")
+        if self.weight_ranges not in (None, *WEIGHT_RULES):
+            raise InputError(
+                f"weight_ranges={self.weight_ranges!r}: {', '.join(WEIGHT_RULES)} are known"
+            )
+        if self.rounding not in ROUNDINGS:
+            raise InputError(f"rounding={self.rounding!r}: {', '.join(ROUNDINGS)} are known")
+        most = 16 if self.activations is not None else 8
+        for what, bits in (("bits", self.bits), *((p, b) for p, b in self.layers if b)):
+            if not isinstance(bits, int) or not 2 <= bits <= most:
+                raise InputError(f"{what}={bits}: 2 to {most} are possible")
+        if self.activations is not None and not 2 <= self.activations <= 16:
+            raise InputError(f"activations={self.activations}: 2 to 16 bits are possible, or None")
+        if self.group is not None and self.group < 2:
+            raise InputError(f"group={self.group}: 2 or more inputs, or None for whole channels")
+        if self.activations is not None and (self.group is not None or not self.symmetric):
+            what = f"group={self.group}" if self.group is not None else "symmetric=False"
+            raise InputError(
+                f"{what}: integer operators take weights with one scale a channel and no zero point; "
+                "give activations=None to store weights alone"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What of ``statistics.observe`` the weights need, beside the ranges of activations."""
+        asked = self.weight_ranges == "importance" or self.rounding == "error_feedback"
+        return frozenset({"gram"} if asked else ())
+
+    def plan(self, network: Network, statistics: Statistics | None = None) -> Plan:
+        """Choose the scales.
+
+        Args:
+            network: a float network; left as it is.
+            statistics: of this network: from `tinier.statistics.collect` for activations, from ``observe`` what ``needs`` says.
+
+        Raises:
+            InputError: statistics are missing, a pattern is of nothing, or a group size does not divide.
+            RefusedError: the network is quantized already, has nothing to quantize, or the statistics are of another.
+        """
+        return self.decide(network, statistics)[0]
+
+    def decide(
+        self, network: Network, statistics: Statistics | None = None
+    ) -> tuple[Plan, tuple[str, ...]]:
+        """As ``plan``, and what there is to say of single layers."""
+        refuse_quantized(network)
+        if statistics is None and (self.activations is not None or self.needs):
+            raise InputError("quantization needs data: statistics=collect(network, batches)")
+        module = fold(network.traced.module)
+        names = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
+        must_exist((*self.exclude, *(pattern for pattern, _ in self.layers)), network, names)
+        placement = Placement()
+        if self.activations is not None:
+            placement = place(module, lambda name: not self.bits_of(name))
+        stores = self._stores(module, placement)
+        if not stores:
+            raise RefusedError(f"{network.name} has no weight to quantize")
+        edits: list[Quantize] = []
+        if self.activations is not None and statistics is not None:
+            edits = self._activations(network, placement, statistics, self.activations)
+        steps = {edit.tensor: edit.scale for edit in edits}
+        weights: list[QuantizeWeight] = []
+        notes: list[str] = []
+        for store in stores:
+            fixed = store.name in placement.weights
+            edit, said = integers_of(
+                module, store, self._scheme(store.name, fixed), statistics, steps if fixed else {}
+            )
+            weights.append(edit)
+            notes += said
+        return Plan((*edits, *weights)), tuple(notes)
+
+    def bits_of(self, name: str) -> int:
+        """Bits of a weight; 0 where it stays float."""
+        if covers(self.exclude, name):
+            return 0
+        return next((bits for pattern, bits in self.layers if covers((pattern,), name)), self.bits)
+
+    def skipped(self, network: Network) -> list[tuple[str, str, str]]:
+        """(node, operator, reason) of each operator that stays float."""
+        if self.activations is None:
+            return []
+        module = fold(network.traced.module)
+        return place(module, lambda name: not self.bits_of(name)).skipped
+
+    def _stores(self, module: fx.GraphModule, placement: Placement) -> list[Store]:
+        """The weights to store, in the order of the graph."""
+        known = stored(module)
+        chosen = {
+            name: Store(name, known[name].kind if name in known else "linear", axis, users)
+            for name, (axis, users) in placement.weights.items()
+        }
+        if self.activations is None or self.others:
+            for name, store in known.items():
+                if self.bits_of(name) and name not in chosen:
+                    chosen[name] = store
+        order = {str(n.target): i for i, n in enumerate(module.graph.find_nodes(op="get_attr"))}
+        return sorted(chosen.values(), key=lambda store: order[store.name])
+
+    def _scheme(self, name: str, fixed: bool) -> Scheme:
+        return Scheme(
+            min(self.bits_of(name), 16 if fixed else 8),
+            self.weight_ranges or (self.ranges if self.ranges in WEIGHT_RULES else "mse"),
+            None if fixed else self.group,
+            self.per_tensor,
+            self.symmetric,
+            self.rounding,
+            self.saturation_free and fixed,
+        )
+
+    def _activations(
+        self, network: Network, placement: Placement, statistics: Statistics, bits: int
+    ) -> list[Quantize]:
+        """Values that share a scale get the range of all of them together."""
+        integers = Integers.unsigned(bits)
+        missing = [name for name in placement.values if name not in statistics.activations]
+        if missing:
+            raise RefusedError(
+                f"{network.name}: the statistics have nothing of {missing[0]}; "
+                "collect them of this very network"
+            )
+        chosen = self._shared(placement, statistics.activations, integers)
+        edits = []
+        for name, readers in placement.values.items():
+            scale, zero_point = chosen[placement.shares[name]]
+            own = placement.bounds.get(name, UNBOUNDED)
+            before = placement.before.get(name)
+            if before and not _fits(scale, zero_point, integers, own):
+                # The clamp cannot fuse into the shared scale: the operator before it gets the range of what the clamp
+                # lets through, and stays an integer operator.
+                first = self._parameters(statistics.activations[name], own, integers)
+                edits.append(_edit(before, first, integers, ()))
+            edits.append(_edit(name, (scale, zero_point), integers, readers))
+        return edits
+
+    def _shared(
+        self, placement: Placement, histograms: Mapping[str, Histogram], integers: Integers
+    ) -> dict[str, tuple[float, int]]:
+        """(scale, zero point) of all values that share them, by the node that stands for them."""
+        together: dict[str, Histogram] = {}
+        bounds: dict[str, Bounds] = {}
+        for name, root in placement.shares.items():
+            histogram = histograms[name]
+            together[root] = together[root].merged(histogram) if root in together else histogram
+            low, high = placement.bounds.get(name, UNBOUNDED)
+            bounds[root] = (
+                max(low, bounds.get(root, UNBOUNDED)[0]),
+                min(high, bounds.get(root, UNBOUNDED)[1]),
+            )
+        return {
+            root: self._parameters(histogram, bounds[root], integers)
+            for root, histogram in together.items()
+        }
+
+    def _parameters(
+        self, histogram: Histogram, bounds: Bounds, integers: Integers
+    ) -> tuple[float, int]:
+        """(scale, zero point) of values with this histogram, within the bounds of a clamp where they all are."""
+        low, high = activation_range(histogram, integers, self.ranges)
+        scale, zero_point = asymmetric(torch.tensor(low), torch.tensor(high), integers)
+        if bounds[0] <= low and high <= bounds[1]:
+            scale = within(scale, zero_point, integers, *bounds)
+        return float(scale), int(zero_point)
+
+
+def _edit(
+    name: str, parameters: tuple[float, int], integers: Integers, readers: tuple[str, ...]
+) -> Quantize:
+    scale, zero_point = parameters
+    return Quantize(name, scale, zero_point, integers.low, integers.high, readers)
+
+
+def _fits(scale: float, zero_point: int, integers: Integers, bounds: Bounds) -> bool:
+    """Whether all representable values lie within the bounds, so that a runtime can leave the clamp out."""
+    ends = torch.tensor([integers.low - zero_point, integers.high - zero_point]) * torch.tensor(
+        scale
+    )
+    return bounds[0] <= float(ends[0]) and float(ends[1]) <= bounds[1]

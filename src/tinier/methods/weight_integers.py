@@ -1,0 +1,205 @@
+"""The integers of weights: which grid each has, and how it is rounded to it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from tinier.edits.base import Values
+from tinier.edits.pairs import as_matrix
+from tinier.edits.quantize import QuantizeWeight
+from tinier.errors import InputError, RefusedError
+from tinier.graph.fold import parameter_of, read
+from tinier.graph.placement import ROLES
+from tinier.graph.stored import Store
+from tinier.statistics import Statistics
+from tinier.tensors.affine import Integers
+from tinier.tensors.error_feedback import error_feedback
+from tinier.tensors.grid import Grid, choose
+from tinier.tensors.hqq import hqq
+from tinier.tensors.saturation import without_saturation
+
+ROUNDINGS = ("nearest", "error_feedback", "hqq")
+# A bias is a 32-bit integer in units of input scale · weight scale; this leaves the sum of products a bit.
+_LARGEST_BIAS = 2**30
+_GROUPED = ("linear", "embedding")  # what runtimes dequantize in groups
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of one layer become integers.
+
+    Attributes:
+        bits: 2 to 8, or up to 16 for static quantization.
+        ranges: a rule of `tinier.tensors.grid.choose`.
+        group: inputs that share a scale; None for all of a channel.
+        per_tensor: one scale for all channels.
+        symmetric: the zero point is 0.
+        rounding: one of ``ROUNDINGS``.
+        saturation_free: 16-bit sums of u8 × s8 products cannot saturate.
+    """
+
+    bits: int
+    ranges: str = "mse"
+    group: int | None = None
+    per_tensor: bool = False
+    symmetric: bool = True
+    rounding: str = "nearest"
+    saturation_free: bool = False
+
+    @property
+    def integers(self) -> Integers:
+        """Of the grid. From 5 bits on symmetric integers leave out the one that has no opposite; below it is worth having."""
+        if not self.symmetric:
+            return Integers.unsigned(self.bits)
+        if self.bits > 4:
+            return Integers.signed(self.bits)
+        return Integers(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
+
+
+def integers_of(
+    module: fx.GraphModule,
+    store: Store,
+    scheme: Scheme,
+    statistics: Statistics | None,
+    steps: Mapping[str, float],
+) -> tuple[QuantizeWeight, tuple[str, ...]]:
+    """The edit for one weight, and what there is to say of it.
+
+    Args:
+        module: the folded graph.
+        store: the weight.
+        scheme: how.
+        statistics: with Gram matrices of the inputs for error feedback and ranges weighted by importance.
+        steps: node → scale of its values, of those that are quantized.
+
+    Raises:
+        RefusedError: the weight is not finite.
+        InputError: the group size does not divide the inputs.
+    """
+    weight = read(module, store.name)
+    assert weight is not None
+    if not bool(torch.isfinite(weight).all()):
+        raise RefusedError(f"{store.name} has NaN or infinity; the network cannot be quantized")
+    matrix = as_matrix(weight.detach(), store.axis)
+    grams = _grams(store, statistics, matrix.shape[1])
+    groups = _groups(store, scheme, matrix.shape[1])
+    importance = _importance(grams, len(matrix)) if scheme.ranges == "importance" else None
+    rule = "mse" if scheme.ranges == "importance" else scheme.ranges
+    try:
+        grid = choose(
+            matrix,
+            scheme.integers,
+            rule=rule,
+            groups=groups,
+            per_tensor=scheme.per_tensor,
+            symmetric=scheme.symmetric,
+            importance=importance,
+        )
+    except InputError as error:
+        raise InputError(f"{store.name}: {error}") from error
+    notes: list[str] = []
+    grid = _wide_enough(module, store, grid, steps)
+    if scheme.saturation_free and scheme.bits <= 8 and groups == 1 and scheme.symmetric:
+        grid, count = _repaired(weight, store.axis, grid)
+        if count:
+            notes.append(f"{store.name}: {count} channels scaled down, so that no sum saturates")
+    chosen = None
+    if scheme.rounding == "hqq":
+        grid = hqq(matrix, grid)
+    if scheme.rounding == "error_feedback" and grams is not None:
+        chosen, said = _fed_back(matrix, grams, grid)
+        notes += [f"{store.name}: {text}" for text in said]
+    edit = QuantizeWeight(
+        store.name,
+        Values(grid.scale),
+        Values(grid.zero_point),
+        grid.integers.low,
+        grid.integers.high,
+        store.axis,
+        store.readers,
+        None if chosen is None else Values(chosen),
+    )
+    return edit, tuple(notes)
+
+
+def _groups(store: Store, scheme: Scheme, columns: int) -> int:
+    if scheme.group is None or store.kind not in _GROUPED:
+        return 1
+    if columns % scheme.group:
+        fits = [n for n in range(8, columns + 1) if columns % n == 0]
+        near = sorted(fits, key=lambda n: abs(n - scheme.group))[:3]  # type: ignore[operator]
+        raise InputError(
+            f"{store.name}: group size {scheme.group} does not divide {columns} inputs; "
+            f"use {', '.join(map(str, sorted(near)))}, or exclude this layer"
+        )
+    return columns // scheme.group
+
+
+def _grams(store: Store, statistics: Statistics | None, columns: int) -> Tensor | None:
+    """(g, n, n) mean of x xᵀ over all that the readers of a weight see; None where it is not known."""
+    total: Tensor | None = None
+    rows = 0
+    for reader in store.readers if statistics is not None else ():
+        gram = statistics.grams.get(reader)  # type: ignore[union-attr]
+        if gram is None or gram.products.shape[-1] != columns:
+            return None
+        total = gram.products if total is None else total + gram.products
+        rows += gram.rows
+    return None if total is None else total / max(rows, 1)
+
+
+def _importance(grams: Tensor | None, rows: int) -> Tensor | None:
+    """(m, n) mean square of what each weight is multiplied with."""
+    if grams is None:
+        return None
+    squares = grams.diagonal(dim1=-2, dim2=-1)  # (g, n)
+    return squares.repeat_interleave(rows // len(squares), 0).float()
+
+
+def _wide_enough(
+    module: fx.GraphModule, store: Store, grid: Grid, steps: Mapping[str, float]
+) -> Grid:
+    """Scales with which the bias fits 32 bits; folded channels that are nearly dead have tiny ones."""
+    if grid.scale.shape[1] > 1:
+        return grid
+    scale = grid.scale
+    for reader in module.graph.nodes:
+        role = ROLES.get(reader.target)
+        if reader.name not in store.readers or role is None:
+            continue
+        source = reader.args[role.weight_input]
+        name = parameter_of(reader.args[role.bias]) if len(reader.args) > role.bias else None
+        bias = None if name is None else read(module, name)
+        if bias is not None and isinstance(source, fx.Node) and source.name in steps:
+            least = bias.detach().abs() / (steps[source.name] * _LARGEST_BIAS)
+            scale = torch.maximum(scale, least[:, None] if len(scale) > 1 else least.max())
+    return Grid(scale, grid.zero_point, grid.integers)
+
+
+def _repaired(weight: Tensor, axis: int, grid: Grid) -> tuple[Grid, int]:
+    first = weight.detach().movedim(axis, 0)
+    scale, channels = without_saturation(
+        first, grid.scale[:, 0].expand(len(first)).contiguous(), grid.integers
+    )
+    zero = torch.zeros(len(first), 1, dtype=torch.int64)
+    return Grid(scale[:, None], zero, grid.integers), len(channels)
+
+
+def _fed_back(matrix: Tensor, grams: Tensor, grid: Grid) -> tuple[Tensor, list[str]]:
+    """(m, n) integers, each group of a convolution by itself."""
+    parts, said = [], []
+    each = len(matrix) // len(grams)
+    for number, gram in enumerate(grams):
+        rows = slice(number * each, (number + 1) * each)
+        own = (
+            grid
+            if len(grid.scale) == 1
+            else Grid(grid.scale[rows], grid.zero_point[rows], grid.integers)
+        )
+        found = error_feedback(matrix[rows], gram, own)
+        parts.append(found.integers)
+        if found.fell_back and found.fell_back not in said:
+            said.append(found.fell_back)
+    return torch.cat(parts), said
