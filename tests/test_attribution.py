@@ -1,0 +1,96 @@
+"""The loss of a quantized network by layer and cause, where the answer is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from tinier.edits.base import Plan, Values
+from tinier.edits.quantize import Quantize, QuantizeWeight
+from tinier.errors import InputError
+from tinier.graph.fold import fold
+from tinier.graph.rerun import Rerun
+from tinier.measure.attribution import Attribution, attribute
+from tinier.network import Network
+
+
+def network(weight: list[list[float]]) -> Network:
+    layer = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight))
+    return Network(nn.Sequential(layer, nn.ReLU()), {"input": torch.randn(4, 2)})
+
+
+def weight_edit(scale: float, high: int) -> QuantizeWeight:
+    zero = Values(torch.zeros(1, 1, dtype=torch.int64))
+    return QuantizeWeight("0.weight", Values(torch.full((1, 1), scale)), zero, -high, high)
+
+
+def losses(found: Attribution) -> list[float]:
+    (row,) = found.layers
+    return [*row.causes.values()]
+
+
+DATA = [{"input": torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.5, 4.0], [2.0, 2.0]])}]
+
+
+def test_weights_on_the_grid_lose_nothing_and_clipped_ones_only_by_clipping() -> None:
+    net = network([[1.0, 2.0], [3.0, 0.5]])
+    exact = attribute(net, Plan((weight_edit(0.5, 127),)), DATA)
+    assert exact.total == 0 and losses(exact) == [0, 0, 0, 0]
+    clipped = attribute(net, Plan((weight_edit(0.5, 4),)), DATA)  # 3 becomes 2
+    # By hand: the second output is 2 x0 + 0.5 x1 in place of 3 x0 + 0.5 x1.
+    x = DATA[0]["input"]
+    wanted = x @ torch.tensor([[1.0, 3.0], [2.0, 0.5]])
+    expected = x[:, 0].square().sum() / 8 / wanted.double().var()
+    assert losses(clipped) == pytest.approx([0, float(expected), 0, 0])
+    (row,) = clipped.layers
+    assert row.alone == row.restored == pytest.approx(clipped.total)
+    assert row.layer == "0" and row.operator == "linear"
+
+
+def test_rounding_and_clipping_of_activations() -> None:
+    net = network([[1.0, 0.0], [0.0, 1.0]])
+    name = next(n.name for n in fold(net.traced.module).graph.nodes if n.op == "placeholder")
+    whole = attribute(net, Plan((Quantize(name, 1.0, 0, 0, 15),)), DATA)  # 0.5 becomes 0
+    variance = float(DATA[0]["input"].double().var())
+    assert losses(whole) == pytest.approx([0, 0, 0.25 / 8 / variance, 0])
+    short = attribute(net, Plan((Quantize(name, 0.5, 0, 0, 6),)), DATA)  # 4 becomes 3
+    assert losses(short) == pytest.approx([0, 0, 0, 1 / 8 / variance])
+
+
+def test_restoring_the_layer_that_is_ruined_gives_all_back() -> None:
+    torch.manual_seed(0)
+    net = Network(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), {"input": torch.randn(4, 8)}
+    )
+    zero = Values(torch.zeros(1, 1, dtype=torch.int64))
+    fine = QuantizeWeight("0.weight", Values(torch.full((1, 1), 1e-4)), zero, -32767, 32767)
+    coarse = QuantizeWeight("2.weight", Values(torch.full((1, 1), 0.2)), zero, -1, 1)
+    found = attribute(net, Plan((fine, coarse)), [{"input": torch.randn(16, 8)}])
+    first, second = found.layers
+    assert first.layer == "2" and first.restored == pytest.approx(found.total, rel=1e-3)
+    assert second.layer == "0" and abs(second.restored) < 1e-3 * found.total
+    # However the examples come, the result is the same.
+    torch.manual_seed(1)
+    data = torch.randn(12, 8)
+    whole = attribute(net, Plan((fine, coarse)), [{"input": data}])
+    assert whole.examples == 12
+    with pytest.raises(InputError, match="quantizes nothing"):
+        attribute(net, Plan(), [{"input": data}])
+
+
+def test_a_rerun_is_a_run() -> None:
+    torch.manual_seed(0)
+    net = Network(
+        nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), {"input": torch.randn(2, 4)}
+    )
+    module = fold(net.traced.module)
+    x = torch.randn(5, 4)
+    rerun = Rerun(module, [x])
+    assert torch.equal(rerun.outputs[0], net.module(x))
+    nodes = {node.name: node for node in module.graph.nodes}
+    tanh = nodes["tanh"]
+    (changed,) = rerun.with_arguments(tanh, {tanh.args[0]: torch.zeros(5, 4)})
+    assert torch.equal(changed, net.module[2](torch.zeros(5, 4)))  # type: ignore[index]
+    (same,) = rerun.with_value(tanh, rerun.values[tanh])
+    assert torch.equal(same, rerun.outputs[0])
