@@ -136,7 +136,7 @@ class Quantization(Method):
         for store in stores:
             fixed = store.name in placement.weights
             edit, said = integers_of(
-                module, store, self._scheme(store.name, fixed), statistics, steps if fixed else {}
+                module, store, self.scheme(store.name, fixed), statistics, steps if fixed else {}
             )
             weights.append(edit)
             notes += said
@@ -155,6 +155,14 @@ class Quantization(Method):
         module = fold(network.traced.module)
         return place(module, lambda name: not self.bits_of(name)).skipped
 
+    def stores(self, network: Network) -> list[Store]:
+        """The weights that become integers, in the order of the graph."""
+        module = fold(network.traced.module)
+        placement = Placement()
+        if self.activations is not None:
+            placement = place(module, lambda name: not self.bits_of(name))
+        return self._stores(module, placement)
+
     def _stores(self, module: fx.GraphModule, placement: Placement) -> list[Store]:
         """The weights to store, in the order of the graph."""
         known = stored(module)
@@ -169,7 +177,8 @@ class Quantization(Method):
         order = {str(n.target): i for i, n in enumerate(module.graph.find_nodes(op="get_attr"))}
         return sorted(chosen.values(), key=lambda store: order[store.name])
 
-    def _scheme(self, name: str, fixed: bool) -> Scheme:
+    def scheme(self, name: str, fixed: bool) -> Scheme:
+        """How a weight becomes integers; ``fixed`` where an integer operator reads them."""
         return Scheme(
             min(self.bits_of(name), 16 if fixed else 8),
             self.weight_ranges or (self.ranges if self.ranges in WEIGHT_RULES else "mse"),

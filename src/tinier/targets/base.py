@@ -13,9 +13,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import fx
 
 import tinier.targets
-from tinier.errors import InputError, MissingError
+from tinier.errors import InputError, MissingError, RefusedError
 from tinier.network import Network
 from tinier.registry import implementations
+
+WARM_UP = 5  # runs before those that a profile counts
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,21 @@ class Input:
     name: str
     shape: tuple[int | None, ...]
     dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operation that a runtime ran, after it fused and rearranged the graph.
+
+    Attributes:
+        name: as the runtime calls it; it has the names of what was fused into it.
+        kind: such as QLinearConv.
+        milliseconds: median over runs.
+    """
+
+    name: str
+    kind: str
+    milliseconds: float
 
 
 class Session(ABC):
@@ -125,6 +142,22 @@ class Target(ABC):
         Raises:
             InputError: the file is missing, empty, damaged or of another kind.
         """
+
+    def kernels(
+        self, file: Path, inputs: Mapping[str, np.ndarray], threads: int, runs: int = 30
+    ) -> list[Kernel]:
+        """What the runtime spends its time on, by its own profiler.
+
+        Args:
+            file: an artifact's first file, or an ONNX file.
+            inputs: input name → array.
+            threads: of the session.
+            runs: how many, after five that do not count.
+
+        Raises:
+            RefusedError: the runtime has no profiler.
+        """
+        raise RefusedError(f"{self.name} has no profiler that tells the time of single operators")
 
     def files(self, file: Path) -> tuple[Path, ...]:
         """All files of the artifact whose first file this is."""

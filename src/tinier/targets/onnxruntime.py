@@ -1,6 +1,8 @@
 """ONNX Runtime on the CPU: one ONNX file, quantize/dequantize pairs fused into integer operators by the runtime."""
 
+import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -10,8 +12,10 @@ import numpy as np
 from tinier.errors import InputError
 from tinier.network import Network
 from tinier.targets.base import (
+    WARM_UP,
     Artifact,
     Input,
+    Kernel,
     Session,
     Target,
     as_arrays,
@@ -22,6 +26,7 @@ from tinier.targets.base import (
 from tinier.targets.onnx_file import write_onnx
 
 KIND = "an ONNX model (.onnx)"
+KERNEL_TIME = "_kernel_time"  # how the profiler ends the names of what it timed
 DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -51,6 +56,21 @@ class OnnxRuntime(Target):
         onnx_files(file)
         return OnnxRuntimeSession(file, threads)
 
+    def kernels(
+        self, file: Path, inputs: Mapping[str, np.ndarray], threads: int, runs: int = 30
+    ) -> list[Kernel]:
+        with tempfile.TemporaryDirectory() as scratch:
+            session = OnnxRuntimeSession(file, threads, Path(scratch) / "profile")
+            for _ in range(WARM_UP + runs):
+                session.run(inputs)
+            events = json.loads(Path(session.end()).read_text())
+        times: dict[tuple[str, str], list[float]] = {}
+        for event in events:
+            if event["cat"] == "Node" and event["name"].endswith(KERNEL_TIME):
+                name = event["name"].removesuffix(KERNEL_TIME)
+                times.setdefault((name, event["args"]["op_name"]), []).append(event["dur"] / 1e3)
+        return [Kernel(*key, float(np.median(found[WARM_UP:]))) for key, found in times.items()]
+
     def files(self, file: Path) -> tuple[Path, ...]:
         return onnx_files(file)
 
@@ -67,13 +87,16 @@ class OnnxRuntime(Target):
 class OnnxRuntimeSession(Session):
     """An ``onnxruntime.InferenceSession`` with a fixed number of threads."""
 
-    def __init__(self, file: Path, threads: int) -> None:
+    def __init__(self, file: Path, threads: int, profile: Path | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         options.log_severity_level = 3  # warnings about the model are for its developers
         try:
             self._session = onnxruntime.InferenceSession(
@@ -87,6 +110,10 @@ class OnnxRuntimeSession(Session):
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         return as_arrays(self._session.run(None, dict(inputs)))
+
+    def end(self) -> str:
+        """Stop profiling; the path of the events."""
+        return str(self._session.end_profiling())
 
 
 def _declared(port: object, file: Path) -> Input:

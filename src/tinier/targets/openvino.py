@@ -3,15 +3,17 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tinier.errors import RefusedError
 from tinier.network import Network
 from tinier.targets.base import (
+    WARM_UP,
     Artifact,
     Input,
+    Kernel,
     Session,
     Target,
     as_arrays,
@@ -56,6 +58,19 @@ class OpenVino(Target):
         self.files(file)
         return OpenVinoSession(file, threads)
 
+    def kernels(
+        self, file: Path, inputs: Mapping[str, np.ndarray], threads: int, runs: int = 30
+    ) -> list[Kernel]:
+        session = OpenVinoSession(file, threads, profile=True)
+        times: dict[tuple[str, str], list[float]] = {}
+        for run in range(WARM_UP + runs):
+            session.run(inputs)
+            for part in session.profile() if run >= WARM_UP else ():
+                seconds = part.real_time.total_seconds()
+                if seconds:
+                    times.setdefault((part.node_name, part.node_type), []).append(1e3 * seconds)
+        return [Kernel(*key, float(np.median(found))) for key, found in times.items()]
+
     def files(self, file: Path) -> tuple[Path, ...]:
         if file.suffix == ".onnx":
             return onnx_files(file)
@@ -76,7 +91,7 @@ class OpenVino(Target):
 class OpenVinoSession(Session):
     """A compiled model and one inference request."""
 
-    def __init__(self, file: Path, threads: int) -> None:
+    def __init__(self, file: Path, threads: int, profile: bool = False) -> None:
         import openvino
 
         settings = {
@@ -84,6 +99,7 @@ class OpenVinoSession(Session):
             "PERFORMANCE_HINT": "LATENCY",
             # CPUs with bfloat16 units would otherwise compute float networks in bfloat16.
             "INFERENCE_PRECISION_HINT": "f32",
+            "PERF_COUNT": profile,
         }
         try:
             model = openvino.Core().read_model(file)
@@ -105,3 +121,7 @@ class OpenVinoSession(Session):
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         results = self._request.infer(dict(inputs), share_inputs=True)
         return as_arrays(results[port] for port in self._outputs)
+
+    def profile(self) -> list[Any]:
+        """The operations of the last run, where profiling is on."""
+        return list(self._request.get_profiling_info())

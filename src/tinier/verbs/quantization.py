@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import psutil
+from torch import Tensor
+
 from tinier.edits.assign import Fold
 from tinier.edits.base import Plan
 from tinier.edits.quantize import refuse_quantized
@@ -12,7 +15,9 @@ from tinier.measure.machine import machine
 from tinier.methods.quantization import Quantization
 from tinier.network import Example, Network
 from tinier.statistics import Statistics, collect, observe
+from tinier.targets.base import targets_for
 from tinier.verbs.calibration import batches_of, calibration
+from tinier.verbs.mixture import Mixture
 from tinier.verbs.smaller import Smaller, network_of, since
 
 
@@ -30,6 +35,12 @@ def quantize(
     rounding: str = "nearest",
     layers: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
+    max_size: float | str | None = None,
+    max_latency: float | str | None = None,
+    choices: Sequence[int] | None = None,
+    sensitivity: str = "kl",
+    target: str | None = None,
+    threads: int | None = None,
 ) -> Smaller:
     """Quantize weights and activations after training, with ranges taken from data.
 
@@ -47,6 +58,13 @@ def quantize(
         rounding: "nearest", "error_feedback" or "hqq".
         layers: module or parameter pattern → bits of its weights, 0 for float.
         exclude: patterns of modules or parameters that stay float.
+        max_size: bytes, or a text such as "1MB", that the weights may take, packed without gaps: each layer gets bits of its own, so that
+            the outputs lose least.
+        max_latency: milliseconds, or a text such as "5ms", on ``target`` instead: layers stay float where the time allows it.
+        choices: bits that ``max_size`` chooses from, 0 for float; None for 2, 3, 4, 6 and 8, but 4 and 8 where activations are quantized.
+        sensitivity: what is lost: "kl", "output" or "fisher".
+        target: the runtime on whose profile layers stay float that are slower in integers on this machine; None for no measuring.
+        threads: of that runtime; all physical cores if None.
 
     Returns:
         The quantized network; ``trainable`` is the float one, ``plan`` has every scale, ``notes`` what stayed float and why.
@@ -72,24 +90,46 @@ def quantize(
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
         saturation_free=activations is not None and not machine().vnni,
     )
-    if data is None and (activations is not None or method.needs):
+    asked = Mixture.of(max_size, max_latency, choices, sensitivity, method)
+    if target is None and max_latency is not None:
+        raise InputError(
+            "max_latency: the target that it is measured on is needed, such as onnxruntime"
+        )
+    if threads is not None and target is None:
+        raise InputError("threads are those of the target that is measured; give that, too")
+    if target is not None and activations is None:
+        raise InputError("target: weights alone are computed in float; there is nothing to measure")
+    runtime = targets_for(target)[0] if target else None
+    if data is None and (activations is not None or method.needs or asked.max_size is not None):
         raise InputError("quantize needs data: a few hundred examples that ranges are taken from")
     network = network_of(model, example, data)
     network.need_values("quantize")
     refuse_quantized(network)
     fold = Plan((Fold(),))
     folded = fold.apply(network)
-    statistics = None if data is None else _statistics(folded, method, data)
+    batches = [] if data is None else batches_of(calibration(data, network), folded)
+    statistics = None
+    if batches:
+        statistics = _statistics(folded, method, batches, method.needs | asked.needs)
+    said: tuple[str, ...] = ()
+    if runtime is not None and statistics is not None:
+        cores = threads or psutil.cpu_count(logical=False) or 1
+        method, said = asked.fast(folded, method, statistics, batches, runtime, cores)
+    if asked.max_size is not None:
+        method, said = asked.small(folded, method, statistics, batches)
     plan, notes = method.decide(folded, statistics)
     result = plan.apply(folded)
     original, whole = since(model, network, fold + plan)
-    return Smaller(result, original, whole, network, (*network.notes, *notes))
+    return Smaller(result, original, whole, network, (*network.notes, *said, *notes))
 
 
-def _statistics(network: Network, method: Quantization, data: Any) -> Statistics:
-    batches = batches_of(calibration(data, network), network)
+def _statistics(
+    network: Network,
+    method: Quantization,
+    batches: list[dict[str, Tensor]],
+    needs: frozenset[str],
+) -> Statistics:
     found = Statistics({}, 0) if method.activations is None else collect(network, batches)
-    if method.needs:
-        seen = observe(network, batches, method.needs)
-        found = replace(seen, activations=found.activations)
+    if needs:
+        found = replace(observe(network, batches, needs), activations=found.activations)
     return found

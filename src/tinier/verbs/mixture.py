@@ -1,0 +1,136 @@
+"""Mixed precision for ``quantize``: bits of each layer within a size, float layers within a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from tinier.errors import InputError, RefusedError
+from tinier.methods.quantization import Quantization
+from tinier.network import Network
+from tinier.search.bit_allocation import FLOAT, KINDS, allocate, packed_bytes, sensitivities
+from tinier.search.integer_speed import layer_latencies, without_slower
+from tinier.statistics import Statistics
+from tinier.targets.base import Target
+from tinier.units import is_whole, parse_bytes, parse_milliseconds
+
+FEW = 32  # examples that sensitivities are measured on
+ALONE, INTEGER = (2, 3, 4, 6, 8), (4, 8)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What was asked of the bits of single layers.
+
+    Attributes:
+        max_size: bytes of the packed weights.
+        max_latency: milliseconds of the artifact.
+        choices: bits, 0 for float.
+        sensitivity: a kind of `sensitivities`.
+    """
+
+    max_size: int | None
+    max_latency: float | None
+    choices: tuple[int, ...]
+    sensitivity: str
+
+    @classmethod
+    def of(
+        cls,
+        max_size: float | str | None,
+        max_latency: float | str | None,
+        choices: Sequence[int] | None,
+        sensitivity: str,
+        method: Quantization,
+    ) -> "Mixture":
+        """The arguments of ``quantize``.
+
+        Raises:
+            InputError: two limits, an unknown kind, or bits out of range.
+        """
+        if max_size is not None and max_latency is not None:
+            raise InputError("max_size and max_latency: give one limit and leave out the other")
+        if sensitivity not in KINDS:
+            raise InputError(f"sensitivity={sensitivity!r}: {', '.join(KINDS)} are known")
+        if choices is not None and max_size is None:
+            raise InputError(
+                "choices: these are bits to choose from within a max_size; give that, too"
+            )
+        found = choices or (ALONE if method.activations is None else INTEGER)
+        for bits in found:
+            if not is_whole(bits) or (bits != FLOAT and not 2 <= bits <= 8):
+                raise InputError(
+                    f"choices={tuple(found)}: 2 to 8 bits, or 0 for float, are possible"
+                )
+        size = None if max_size is None else parse_bytes(max_size, "max_size")
+        limit = None if max_latency is None else parse_milliseconds(max_latency)
+        return cls(size, limit, tuple(found), sensitivity)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What of ``observe`` the sensitivities need."""
+        fisher = self.sensitivity == "fisher" and (self.max_size or self.max_latency)
+        return frozenset({"squares"} if fisher else ())
+
+    def small(
+        self,
+        network: Network,
+        method: Quantization,
+        statistics: Statistics | None,
+        batches: Sequence[dict[str, Tensor]],
+    ) -> tuple[Quantization, tuple[str, ...]]:
+        """The method with bits for each layer within ``max_size``."""
+        assert self.max_size is not None
+        fixed = {name for name, _ in method.layers}
+        loss = sensitivities(
+            network, method, _few(batches), self.choices, statistics, self.sensitivity
+        )
+        cost = packed_bytes(network, method, self.choices)
+        free = {name: row for name, row in loss.items() if name not in fixed}
+        chosen = allocate(free, {name: cost[name] for name in free}, self.max_size)
+        taken = sum(cost[name][bits] for name, bits in chosen.items())
+        counts = ", ".join(
+            f"{sum(b == bits for b in chosen.values())} layers at {bits or 32} bits"
+            for bits in sorted(set(chosen.values()))
+        )
+        note = f"weights in {taken:,.0f} bytes, packed: {counts}"
+        return replace(method, layers=(*method.layers, *chosen.items())), (note,)
+
+    def fast(
+        self,
+        network: Network,
+        method: Quantization,
+        statistics: Statistics,
+        batches: Sequence[dict[str, Tensor]],
+        target: Target,
+        threads: int,
+    ) -> tuple[Quantization, tuple[str, ...]]:
+        """The method with layers left float: those that are slower in integers, or as many as ``max_latency`` allows."""
+        if self.max_latency is None:
+            return without_slower(network, method, statistics, target, threads)
+        times = layer_latencies(network, method, statistics, target, threads)
+        loss = sensitivities(
+            network, method, _few(batches), (FLOAT, method.bits), statistics, self.sensitivity
+        )
+        both = {n: {FLOAT: 0.0, method.bits: loss[n][method.bits]} for n in times if n in loss}
+        cost = {name: times[name] for name in both}
+        try:
+            chosen = allocate(both, cost, self.max_latency)
+        except RefusedError as error:
+            raise RefusedError(f"max_latency in ms on {target.name}: {error}") from error
+        left = tuple(name for name, bits in chosen.items() if bits == FLOAT)
+        if len(left) == len(chosen):
+            whole = sum(row[FLOAT] for row in cost.values())
+            raise RefusedError(
+                f"the float layers take {whole:.3g} ms on {target.name}, and {self.max_latency:g} ms was asked for: "
+                "nothing needs to be quantized; leave max_latency out to quantize all the same"
+            )
+        note = (
+            f"{len(left)} of {len(chosen)} layers stay float within {self.max_latency:g} ms "
+            f"by the profile of {target.name}"
+        )
+        return replace(method, exclude=(*method.exclude, *left)), (note,)
+
+
+def _few(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: value[:FEW] for name, value in batches[0].items()}]

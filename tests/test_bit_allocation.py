@@ -1,0 +1,146 @@
+"""Bits of each layer: the integer programme against all choices, sensitivities against whole runs, times of layers on real runtimes."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import tinier
+from tinier.edits.quantize import QuantizeWeight
+from tinier.errors import InputError, RefusedError
+from tinier.measure.layer_times import assigned, labels, layer_times
+from tinier.methods.quantization import Quantization
+from tinier.network import Network
+from tinier.search.bit_allocation import allocate, packed_bytes, sensitivities
+from tinier.statistics import observe
+from tinier.targets.base import Kernel, targets_for
+from tinier.targets.onnx_file import write_onnx
+from tinier.verbs.mixture import Mixture
+
+
+def test_the_programme_finds_the_best_of_all_choices() -> None:
+    rng = np.random.default_rng(0)
+    choices = (2, 4, 8)
+    for limit in (9.0, 12.0, 20.0, 40.0):
+        loss = {f"l{i}": {b: float(rng.random() / b) for b in choices} for i in range(5)}
+        cost = {f"l{i}": {b: float(b * rng.uniform(0.5, 1)) for b in choices} for i in range(5)}
+        best = min(
+            (
+                sum(loss[name][b] for name, b in zip(loss, pick, strict=True))
+                for pick in itertools.product(choices, repeat=5)
+                if sum(cost[name][b] for name, b in zip(loss, pick, strict=True)) <= limit
+            ),
+            default=None,
+        )
+        if best is None:
+            with pytest.raises(RefusedError, match="the cheapest choice"):
+                allocate(loss, cost, limit)
+            continue
+        found = allocate(loss, cost, limit)
+        assert sum(loss[name][b] for name, b in found.items()) == pytest.approx(best)
+        assert sum(cost[name][b] for name, b in found.items()) <= limit + 1e-9
+
+
+def small() -> tuple[nn.Sequential, torch.Tensor]:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    return model.eval(), torch.randn(24, 2, 8, 8)
+
+
+def test_sensitivities_are_those_of_whole_runs() -> None:
+    model, x = small()
+    network = Network(model[4:], {"input": torch.randn(2, 8, 1, 1)})
+    method = Quantization(activations=None, ranges="minmax")
+    data = torch.randn(40, 8, 1, 1)
+    kl = sensitivities(network, method, [{"input": data}], (0, 3, 8))
+    output = sensitivities(network, method, [{"input": data}], (0, 3, 8), kind="output")
+    assert list(kl) == ["5.weight", "7.weight"]
+    with torch.no_grad():
+        before = network.module(data)
+        weight = dict(model.named_parameters())["7.weight"]
+        scale = weight.abs().amax(1, keepdim=True) / 4  # −4 … 3: the larger reach
+        scale = torch.maximum(weight.clamp_min(0).amax(1, keepdim=True) / 3, scale)
+        q = tinier.quantize(network, activations=None, bits=3, ranges="minmax", symmetric=True,
+                            exclude=["5"])  # fmt: skip
+        after = q.model(data)
+    wanted = float((after - before).double().square().mean() / before.double().var())
+    assert output["7.weight"][3] == pytest.approx(wanted, rel=1e-4)
+    p, r = before.double().log_softmax(1), after.double().log_softmax(1)
+    assert kl["7.weight"][3] == pytest.approx(float((p.exp() * (p - r)).sum(1).mean()), rel=1e-4)
+    for row in (*kl.values(), *output.values()):
+        assert row[0] == 0 and row[8] < row[3] / 50
+    squares = observe(network, [{"input": data}], {"squares"})
+    fisher = sensitivities(network, method, [], (0, 3, 8), squares, kind="fisher")
+    assert fisher["5.weight"][8] < fisher["5.weight"][3] / 50
+    with pytest.raises(InputError, match="kl, output, fisher"):
+        sensitivities(network, method, [], (8,), kind="hessian")
+    assert x.shape[0] == 24 and scale.shape == (5, 1)
+
+
+def test_bits_within_a_size() -> None:
+    model, x = small()
+    method = Quantization(activations=None, symmetric=False)
+    whole = packed_bytes(Network(model, {"input": x[:2]}), method, (8,))
+    assert whole["5.weight"][8] == 8 * 16 + 16 * 5
+    found = tinier.quantize(model, x[:2], x, activations=None, bits=4, max_size=420)
+    assert "packed" in found.notes[-1]
+    assert sum(isinstance(edit, QuantizeWeight) for edit in found.plan.edits) == 3
+    with pytest.raises(RefusedError, match="cheapest choice of bits takes"):
+        tinier.quantize(model, x[:2], x, activations=None, bits=4, max_size=10)
+    # More room is never worse.
+    with torch.no_grad():
+        errors = [
+            float(
+                (
+                    tinier.quantize(model, x[:2], x, activations=None, bits=4, max_size=n).model(x)
+                    - model(x)
+                ).norm()
+            )
+            for n in (330, 420, 600)
+        ]
+    assert errors[0] > errors[2]
+
+
+def test_what_does_not_go_together() -> None:
+    model, x = small()
+    for arguments, message in (
+        ({"max_size": "1MB", "max_latency": 3, "target": "onnxruntime"}, "one limit"),
+        ({"choices": (4,)}, "max_size"),
+        ({"max_size": "1MB", "choices": (1,)}, "2 to 8"),
+        ({"max_latency": 3}, "target"),
+        ({"threads": 2}, "target"),
+        ({"target": "onnxruntime", "activations": None}, "nothing to measure"),
+        ({"max_size": "big"}, "max_size is 'big'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tinier.quantize(model, x[:2], x, **arguments)  # type: ignore[arg-type]
+    assert Mixture.of(None, None, None, "kl", Quantization()).needs == frozenset()
+
+
+def test_kernels_belong_to_the_layer_with_the_longest_label() -> None:
+    names = {"a": ["node_conv", "relu"], "b": ["node_conv_1", "relu_1"]}
+    kernels = [
+        Kernel("relu_1_nchwc", "Conv", 2.0),
+        Kernel("node_conv_token_3", "QLinearConv", 1.0),
+        Kernel("ReorderOutput", "ReorderOutput", 0.5),
+    ]
+    assert assigned(names, kernels) == {"a": 1.0, "b": 2.0, "": 0.5}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_every_layer_has_a_time(runtime: str, tmp_path: Path) -> None:
+    model, x = small()
+    (target,) = targets_for(runtime)
+    found = tinier.quantize(model, x[:2], x)
+    for name, network in (("float", Network(model, {"input": x[:2]})), ("int8", found.network)):
+        file = tmp_path / f"{name}.onnx"
+        write_onnx(network, file)
+        assert len(labels(onnx.load(file))) == 3
+        times = layer_times(target, file, {"input": x[:1].numpy()}, 1)
+        assert len(times) == 4
+        assert all(ms > 0 for layer, ms in times.items() if layer), times
