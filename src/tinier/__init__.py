@@ -6,7 +6,18 @@ from tinier.inspect import inspect
 from tinier.measure.files import measure_files as measure
 from tinier.search.candidate import Result
 from tinier.shrink import shrink
-from tinier.verbs import Smaller, export, linearize, load, prune, quantize, recover, save, sparsify
+from tinier.verbs import (
+    Smaller,
+    deliver,
+    export,
+    linearize,
+    load,
+    prune,
+    quantize,
+    recover,
+    save,
+    sparsify,
+)
 from tinier.verify import verify
 from tinier.version import VERSION as __version__
 
@@ -16,6 +27,7 @@ __all__ = [
     "TinierError",
     "__version__",
     "compress",
+    "deliver",
     "export",
     "inspect",
     "linearize",

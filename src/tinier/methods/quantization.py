@@ -80,7 +80,8 @@ class Quantization(Method):
         most = 16 if self.activations is not None else 8
         for what, bits in (("bits", self.bits), *((p, b) for p, b in self.layers if b)):
             if not isinstance(bits, int) or not 2 <= bits <= most:
-                raise InputError(f"{what}={bits}: 2 to {most} are possible")
+                alone = "" if self.activations is not None else " for weights alone"
+                raise InputError(f"{what}={bits}: 2 to {most} are possible{alone}")
         if self.activations is not None and not 2 <= self.activations <= 16:
             raise InputError(f"activations={self.activations}: 2 to 16 bits are possible, or None")
         if self.group is not None and self.group < 2:

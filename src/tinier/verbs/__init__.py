@@ -1,6 +1,7 @@
 """The single steps of the main job, for those who want to take them one by one."""
 
 from tinier.verbs.activations import linearize
+from tinier.verbs.delivery import deliver
 from tinier.verbs.disk import load, save
 from tinier.verbs.pruning import prune
 from tinier.verbs.quantization import quantize
@@ -10,6 +11,7 @@ from tinier.verbs.steps import export, recover
 
 __all__ = [
     "Smaller",
+    "deliver",
     "export",
     "linearize",
     "load",
