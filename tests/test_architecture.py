@@ -79,6 +79,7 @@ PUBLIC: set[str] = {
     "TinierError",
     "__version__",
     "compress",
+    "deliver",
     "export",
     "inspect",
     "linearize",

@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from tinier.errors import ModelError, RefusedError
 from tinier.graph.states import quiet
 from tinier.network import Network
+from tinier.targets.onnx_integers import compact
 
 OPSET = 18
 PRODUCER = "tinier"
@@ -69,6 +70,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     _drop_unused(model)
     _name_dimensions(model)
     _name_values(model)
+    compact(model)
     _strip(model)
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -84,6 +86,7 @@ def _translations(program: torch.export.ExportedProgram) -> dict[Any, Callable[.
         "transformers::grouped_mm_fallback": _grouped_product,
         "aten::_grouped_mm": _grouped_product,
         "aten::_is_all_true": _all_true,
+        "quantized_decomposed::dequantize_per_channel_group": _dequantized_groups,
     }
     attention = torch.ops.aten.scaled_dot_product_attention.default
     for node in program.graph.find_nodes(op="call_function", target=attention):
@@ -145,6 +148,24 @@ def _attention(
     shares = op.Softmax(op.Add(weights, mask), axis=-1)
     seen = op.Greater(op.ReduceMax(mask, op.Constant(value_ints=[-1]), keepdims=1), never)
     return op.MatMul(op.Where(seen, shares, zero), value)
+
+
+def _dequantized_groups(
+    q: Any,
+    scale: Any,
+    zero_point: Any,
+    low: int,
+    high: int,
+    dtype: int,
+    group: int,
+    *_: Any,
+    **__: Any,
+) -> Any:
+    """Blocks come with opset 21: ``onnx_integers`` writes their size."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    return op.DequantizeLinear(q, scale, op.CastLike(zero_point, q), axis=1)
 
 
 def _all_true(self: Any) -> Any:

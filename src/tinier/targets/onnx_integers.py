@@ -1,0 +1,335 @@
+"""Integer weights that stand alone in an ONNX file, in the forms that runtimes have kernels for.
+
+ONNX Runtime fuses ``DequantizeLinear → MatMul`` into ``MatMulNBits``, and OpenVINO keeps the integers in its kernels, where the weight is
+(inputs, outputs) and has scales for blocks of inputs; other layouts are dequantized at every run. Integers of up to four bits become INT4
+or UINT4, two in a byte. Rows of an embedding are dequantized after they were looked up, not the whole table.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+OPSET = 21  # the first with blocks and with four bits
+BLOCKS = (
+    128,
+    64,
+    32,
+    16,
+)  # that kernels have; with one scale a channel the largest that divides the inputs
+
+
+@dataclass
+class _Weight:
+    """A dequantized constant: q (rows, columns), s and z (rows, G), and whether the graph reads it transposed there."""
+
+    node: onnx.NodeProto
+    integers: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+
+
+class _Graph:
+    """The graph with who makes and who reads each value."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = model.graph
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.ranks = {
+            value.name: len(value.type.tensor_type.shape.dim)
+            for value in [*model.graph.value_info, *model.graph.output]
+        }
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.maker: dict[str, onnx.NodeProto] = {}
+        for node in model.graph.node:
+            for name in node.output:
+                self.maker[name] = node
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def array(self, name: str) -> np.ndarray:
+        return numpy_helper.to_array(self.constants[name])
+
+    def add(self, tensor: onnx.TensorProto) -> str:
+        self.graph.initializer.append(tensor)
+        self.constants[tensor.name] = tensor
+        return str(tensor.name)
+
+    def weights(self) -> Iterator[_Weight]:
+        """Constants of two dimensions that are dequantized with one scale a row, a column or a group of columns."""
+        for node in list(self.graph.node):
+            if node.op_type != "DequantizeLinear" or node.input[0] not in self.constants:
+                continue
+            integers, scale = self.array(node.input[0]), self.array(node.input[1])
+            if integers.ndim != 2 or integers.dtype not in (np.int8, np.uint8):
+                continue
+            zero = np.zeros(scale.shape, integers.dtype)
+            if len(node.input) > 2:
+                zero = self.array(node.input[2]).astype(integers.dtype)
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % 2
+            if scale.ndim == 1:
+                rows = axis == 0
+                scale = scale[:, None] if rows else scale[None]
+                zero = zero[:, None] if rows else zero[None]
+                if not rows:
+                    integers, scale, zero = integers.T, scale.T, zero.T
+            elif scale.ndim != 2:
+                continue
+            yield _Weight(node, integers, scale, zero)
+
+
+def compact(model: onnx.ModelProto) -> None:
+    """Rewrite, in place, integer weights that float operators read.
+
+    Weights whose other operand is quantized, too, stay as they are: runtimes fuse those pairs into integer operators.
+
+    Cost:
+        A copy of each weight.
+    """
+    found = _Graph(model)
+    changed = False
+    for weight in list(found.weights()):
+        transposed = len(weight.scale) != len(found.array(weight.node.input[0]))
+        changed |= _products(found, weight, transposed) | _lookups(found, weight, transposed)
+    blocks = _mark_blocks(found)
+    if changed or blocks:
+        _drop_dead(model)
+        for entry in model.opset_import:
+            if not entry.domain:
+                entry.version = max(entry.version, OPSET)
+
+
+def _products(found: _Graph, weight: _Weight, transposed: bool) -> bool:
+    """Products x · Wᵀ and x · W with this weight read (inputs, outputs) with blocks of inputs."""
+    readers = []
+    value = weight.node.output[0]
+    for node in found.readers.get(value, []):
+        if node.op_type == "Transpose" and not transposed:
+            readers += [(user, node) for user in found.readers.get(node.output[0], [])]
+        else:
+            readers.append((node, node))
+    chosen = [
+        node
+        for node, through in readers
+        if _multiplies(found, node, through.output[0] if through is not node else value)
+        and _outputs_are_rows(node, through is not node, transposed)
+    ]
+    columns = weight.integers.shape[1]
+    groups = weight.scale.shape[1]
+    block = columns // groups if groups > 1 else next((b for b in BLOCKS if columns % b == 0), 0)
+    if not chosen or not block or columns % block:
+        return False
+    repeat = columns // block // groups
+    stem = weight.node.input[0].removesuffix("_integers")
+    names = [
+        found.add(_tensor(weight.integers.T, f"{stem}_by_inputs", weight)),
+        found.add(
+            numpy_helper.from_array(
+                np.ascontiguousarray(weight.scale.repeat(repeat, 1).T), f"{stem}_blocks_scale"
+            )
+        ),
+    ]
+    zero = weight.zero_point.repeat(repeat, 1).T
+    if zero.any():
+        names.append(found.add(_tensor(zero, f"{stem}_blocks_zero_point", weight)))
+    output = f"{stem}_by_inputs_dequantized"
+    made = helper.make_node(
+        "DequantizeLinear",
+        names,
+        [output],
+        f"{weight.node.name}_by_inputs",
+        axis=0,
+        block_size=block,
+    )
+    nodes = found.graph.node
+    nodes.insert(list(nodes).index(weight.node), made)
+    for node in chosen:
+        _multiply(found, node, output)
+    return True
+
+
+def _multiplies(found: _Graph, node: onnx.NodeProto, value: str) -> bool:
+    if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2 or node.input[1] != value:
+        return False
+    other = found.maker.get(node.input[0])
+    return other is None or other.op_type != "DequantizeLinear"
+
+
+def _outputs_are_rows(node: onnx.NodeProto, through: bool, transposed: bool) -> bool:
+    """Whether the weight's rows, as `_Weight` has them, are the product's outputs."""
+    attributes = {a.name: a for a in node.attribute}
+    if node.op_type == "Gemm":
+        plain = all(attributes[n].f == 1 for n in ("alpha", "beta") if n in attributes)
+        flipped = bool("transB" in attributes and attributes["transB"].i)
+        if not plain or ("transA" in attributes and attributes["transA"].i):
+            return False
+        return (flipped != through) != transposed
+    return through != transposed
+
+
+def _multiply(found: _Graph, node: onnx.NodeProto, weight: str) -> None:
+    """The product reads ``weight`` (inputs, outputs); a Gemm becomes a MatMul and an Add."""
+    nodes = found.graph.node
+    if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+        product = f"{node.output[0]}_product"
+        add = helper.make_node(
+            "Add", [product, node.input[2]], list(node.output), f"{node.name}_bias"
+        )
+        nodes.insert(list(nodes).index(node) + 1, add)
+        fresh = helper.make_node("MatMul", [node.input[0], weight], [product], node.name)
+    else:
+        fresh = helper.make_node("MatMul", [node.input[0], weight], list(node.output), node.name)
+    node.CopyFrom(fresh)
+
+
+def _lookups(found: _Graph, weight: _Weight, transposed: bool) -> bool:
+    """Rows are looked up as integers and dequantized then: s[i] · (q[i] − z[i])."""
+    value = weight.node.output[0]
+    lookups = [
+        node
+        for node in found.readers.get(value, [])
+        if node.op_type == "Gather"
+        and node.input[0] == value
+        and next((a.i for a in node.attribute if a.name == "axis"), 0) == 0
+    ]
+    ranks = [found.ranks.get(node.output[0]) for node in lookups]
+    groups = weight.scale.shape[1]
+    if not lookups or transposed or (groups > 1 and None in ranks):
+        return False
+    stem = weight.node.input[0].removesuffix("_integers")
+    table, packed = _table(found, weight, stem)
+    scale = found.add(numpy_helper.from_array(weight.scale, f"{stem}_rows_scale"))
+    zero = ""
+    if weight.zero_point.any():
+        zeros = weight.zero_point.astype(np.float32)
+        zero = found.add(numpy_helper.from_array(zeros, f"{stem}_rows_zero_point"))
+    for number, (node, rank) in enumerate(zip(lookups, ranks, strict=True)):
+        made = _Steps(found, node, f"{node.output[0]}_{number}")
+        at = node.input[1]
+        rows = made("Gather", table, at)
+        if packed:
+            rows = _unpacked(made, rows, weight.integers.dtype == np.int8)
+        rows = made("Cast", rows, to=onnx.TensorProto.FLOAT)
+        if groups > 1:
+            shape = [0] * (int(rank or 0) - 1)
+            rows = made("Reshape", rows, made.constant([*shape, groups, -1]))
+        last = made.constant([-1]) if groups > 1 else ""
+
+        def own(name: str, made: _Steps = made, last: str = last, at: str = at) -> str:
+            row = made("Gather", name, at)
+            return made("Unsqueeze", row, last) if last else row
+
+        if zero:
+            rows = made("Sub", rows, own(zero))
+        rows = made("Mul", rows, own(scale))
+        if groups > 1:
+            rows = made("Reshape", rows, made.constant([*shape, weight.integers.shape[1]]))
+        made.instead(rows)
+    return True
+
+
+def _table(found: _Graph, weight: _Weight, stem: str) -> tuple[str, bool]:
+    """Name of the integers to look rows up in, and whether two are in a byte: the first half of a row low, the second high."""
+    columns = weight.integers.shape[1]
+    if not _fits_nibble(weight) or columns % 2:
+        return weight.node.input[0], False
+    nibbles = (weight.integers.astype(np.int16) & 0xF).astype(np.uint8)
+    halves = nibbles[:, : columns // 2] | (nibbles[:, columns // 2 :] << 4)
+    return found.add(numpy_helper.from_array(halves, f"{stem}_packed")), True
+
+
+def _unpacked(made: "_Steps", rows: str, signed: bool) -> str:
+    """Bytes with two integers each → the integers. In arithmetic of 32 bits: OpenVINO's shift of bytes gives other numbers."""
+    wide = made("Cast", rows, to=onnx.TensorProto.INT32)
+    sixteen = made.constant(16, np.int32)
+    both = made("Concat", made("Mod", wide, sixteen), made("Div", wide, sixteen), axis=-1)
+    if not signed:
+        return both
+    # Of two's complement: 0 … 7 stay, 8 … 15 become −8 … −1.
+    eight = made.constant(8, np.int32)
+    return made("Sub", made("Mod", made("Add", both, eight), sixteen), eight)
+
+
+class _Steps:
+    """Operators in place of one node."""
+
+    def __init__(self, found: _Graph, node: onnx.NodeProto, base: str) -> None:
+        self.found, self.node, self.base = found, node, base
+        self.made: list[onnx.NodeProto] = []
+
+    def __call__(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        output = f"{self.base}_{len(self.made)}"
+        name = f"{self.node.name}_{len(self.made)}"
+        self.made.append(helper.make_node(operator, inputs, [output], name, **attributes))
+        return output
+
+    def constant(self, value: object, dtype: type = np.int64) -> str:
+        name = f"{self.base}_{len(self.made)}_{len(self.found.constants)}"
+        return self.found.add(numpy_helper.from_array(np.array(value, dtype), name))
+
+    def instead(self, result: str) -> None:
+        """Put the operators where the node is; the last one gives its output."""
+        assert self.made[-1].output[0] == result
+        self.made[-1].output[0] = self.node.output[0]
+        nodes = self.found.graph.node
+        place = list(nodes).index(self.node)
+        del nodes[place]
+        for offset, one in enumerate(self.made):
+            nodes.insert(place + offset, one)
+
+
+def _mark_blocks(found: _Graph) -> bool:
+    """What is left with a scale for each group of columns says its block size, which the exporter's opset has no word for."""
+    marked = False
+    for node in found.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[1] not in found.constants:
+            continue
+        scale = found.array(node.input[1])
+        if scale.ndim == 2 and not any(a.name == "block_size" for a in node.attribute):
+            columns = found.array(node.input[0]).shape[1]
+            attributes = [a for a in node.attribute if a.name != "axis"]
+            del node.attribute[:]
+            node.attribute.extend(attributes)
+            node.attribute.append(helper.make_attribute("axis", 1))
+            node.attribute.append(helper.make_attribute("block_size", columns // scale.shape[1]))
+            marked = True
+    return marked
+
+
+def _tensor(values: np.ndarray, name: str, weight: _Weight) -> onnx.TensorProto:
+    """Integers as a constant: of four bits where the weight and its zero points fit those."""
+    values = np.ascontiguousarray(values)
+    if not _fits_nibble(weight):
+        return numpy_helper.from_array(values, name)
+    signed = weight.integers.dtype == np.int8
+    nibbles = values.reshape(-1).astype(np.uint8) & 0xF
+    if len(nibbles) % 2:
+        nibbles = np.append(nibbles, np.uint8(0))
+    kind = onnx.TensorProto.INT4 if signed else onnx.TensorProto.UINT4
+    packed = (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8)
+    return onnx.TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=packed.tobytes())
+
+
+def _fits_nibble(weight: _Weight) -> bool:
+    low = min(int(weight.integers.min()), int(weight.zero_point.min()))
+    high = max(int(weight.integers.max()), int(weight.zero_point.max()))
+    return low >= -8 and high <= 7 if weight.integers.dtype == np.int8 else high <= 15
+
+
+def _drop_dead(model: onnx.ModelProto) -> None:
+    """Without nodes and constants that nothing reads any more."""
+    graph = model.graph
+    while True:
+        used = {value.name for value in graph.output}
+        used.update(name for node in graph.node for name in node.input)
+        dead = [node for node in graph.node if not any(name in used for name in node.output)]
+        if not dead:
+            break
+        for node in dead:
+            graph.node.remove(node)
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
