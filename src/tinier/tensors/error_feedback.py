@@ -87,7 +87,7 @@ def error_feedback(
         and about 6 · 2²² float64.
 
     Source:
-        Frantar et al. 2022, "GPTQ", algorithm 1; Chee et al. 2023, "QuIP", theorem 6, that the linear feedback is optimal. Sweeps:
+        Frantar et al. 2022, "GPTQ", algorithm 1; Chee et al. 2023, "QuIP", theorems 1 and 6, that this linear feedback is the best. Sweeps:
         Nair and Suggala 2024, "CDQuant".
 
     Differs:

@@ -88,13 +88,24 @@ class Grid:
         size = n // self.scale.shape[1]
         return self.scale.repeat_interleave(size, 1), self.zero_point.repeat_interleave(size, 1)
 
-    def _cells(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def check(self, w: Tensor) -> None:
+        """Refuse a matrix that the grid does not fit.
+
+        Args:
+            w: (m, n), of any type.
+
+        Raises:
+            InputError: it is no matrix, has another number of rows, or columns that the groups do not divide.
+        """
         rows, groups = self.scale.shape
         if w.ndim != 2 or rows not in (1, w.shape[0]) or w.shape[1] % groups:
             raise InputError(
                 f"a grid of {rows} rows and {groups} groups does not fit a matrix of shape {tuple(w.shape)}: "
                 "it needs as many rows (or 1), and the groups must divide the columns"
             )
+
+    def _cells(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        self.check(w)
         return self.scale[..., None], self.zero_point[..., None]
 
 

@@ -55,7 +55,7 @@ def hqq(
         few arrays of 2¹⁸ float32, or of the size of the weights where all rows share a grid.
 
     Source:
-        Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", equations 4 to 7.
+        Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models": their alternation of E and z.
 
     Differs:
         Zero points end as integers, which ONNX and OpenVINO need; the paper's stay float. That leaves z little to gain, so that s is
@@ -73,7 +73,7 @@ def hqq(
                 f"{name} {value:g}: p in (0, 1], beta above 0, growth and steps of at least 1 are needed"
             )
     matrix = w.detach().float()
-    grid.quantize(matrix)  # refuses what does not fit
+    grid.check(matrix)
     if not bool(torch.isfinite(matrix).all()):
         raise DataError("weights to quantize are not finite: they have NaN or infinity")
     low, high = grid.integers.low, grid.integers.high
