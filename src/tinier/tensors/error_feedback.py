@@ -34,7 +34,8 @@ class Feedback:
         integers: (m, n), in the grid's dtype.
         grid: the grid that they are of; another than the one given only where scales were fitted again.
         loss: (m,) float64, the proxy loss of each row.
-        nearest_loss: (m,) float64, that of rounding to nearest on the grid given, never below ``loss``.
+        nearest_loss: (m,) float64, that of rounding to nearest on the grid given, never below ``loss``; where a scale that all rows
+            share was fitted again, this holds for the sums.
         damping: λ that was used, in units of the mean diagonal of H; 0 where there was no feedback.
         fell_back: why weights were rounded to nearest, in words; empty where they were not.
     """
@@ -135,9 +136,17 @@ def error_feedback(
     q = torch.where(better[:, None], fed, q)
     loss = torch.where(better, loss, nearest_loss)
     if passes or refits:
-        q, fitted = _refined(matrix, q, h, grid, passes, refits, block)
-        after = proxy_loss(matrix, q, h, fitted)
-        grid, loss = fitted, after
+        refined, fitted = _refined(matrix, q, h, grid, passes, refits, block)
+        after = proxy_loss(matrix, refined, h, fitted)
+        # Where the loss is near nothing, the rounding of float32 values s · (q − z) can undo what was gained.
+        worse = after > loss
+        if refits and len(grid.scale) == 1:  # the rows' scale is one
+            worse = (after.sum() > loss.sum()).expand(worse.shape)
+        q = torch.where(worse[:, None], q, refined)
+        loss = torch.where(worse, loss, after)
+        if refits:
+            scale = torch.where(worse[: len(grid.scale), None], grid.scale, fitted.scale)
+            grid = Grid(scale, grid.zero_point, grid.integers)
     return Feedback(q, grid, loss, nearest_loss, used)
 
 
