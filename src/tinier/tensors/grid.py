@@ -168,7 +168,7 @@ def choose(
         DataError: weights or importance are not finite, or importance is negative.
 
     Cost:
-        Passes over the weights: 1; for ``"mse"`` about 100 symmetric, 180 asymmetric (2 and 3 seconds for 4096 × 4096 on one
+        Passes over the weights: 1; for ``"mse"`` about 100 symmetric, 180 asymmetric (2 and 4 seconds for 4096 × 4096 on one
         core). Extra memory: a few MB, and a copy of ``w`` and the importance when ``per_tensor``.
 
     Source:
