@@ -9,18 +9,10 @@ from torch import Tensor
 
 from tinier.errors import DataError, InputError
 from tinier.tensors import affine
-from tinier.tensors.affine import SMALLEST_SCALE, Integers
+from tinier.tensors.affine import Integers
+from tinier.tensors.grid_search import CHUNK, best_ends, best_scale
 
 RULES = ("minmax", "percentile", "mse")
-
-# Values that are searched at once: a few arrays of so many float32 stay in the cache of a core.
-_CHUNK = 1 << 18
-# The search tries scales that fall by this factor, down to 4 % of the range that clips nothing, then finer steps.
-_RATIO = 0.9
-_COARSE = 30
-# The same for the two ends of an asymmetric range, of which all pairs are tried.
-_END_RATIO = 0.8
-_END_COARSE = 12
 
 
 @dataclass(frozen=True)
@@ -96,13 +88,24 @@ class Grid:
         size = n // self.scale.shape[1]
         return self.scale.repeat_interleave(size, 1), self.zero_point.repeat_interleave(size, 1)
 
-    def _cells(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def check(self, w: Tensor) -> None:
+        """Refuse a matrix that the grid does not fit.
+
+        Args:
+            w: (m, n), of any type.
+
+        Raises:
+            InputError: it is no matrix, has another number of rows, or columns that the groups do not divide.
+        """
         rows, groups = self.scale.shape
         if w.ndim != 2 or rows not in (1, w.shape[0]) or w.shape[1] % groups:
             raise InputError(
                 f"a grid of {rows} rows and {groups} groups does not fit a matrix of shape {tuple(w.shape)}: "
                 "it needs as many rows (or 1), and the groups must divide the columns"
             )
+
+    def _cells(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        self.check(w)
         return self.scale[..., None], self.zero_point[..., None]
 
 
@@ -165,7 +168,7 @@ def choose(
         DataError: weights or importance are not finite, or importance is negative.
 
     Cost:
-        Passes over the weights: 1; for ``"mse"`` about 45 symmetric, 200 asymmetric (0.7 and 4 seconds for 4096 × 4096 on one
+        Passes over the weights: 1; for ``"mse"`` about 100 symmetric, 180 asymmetric (2 and 4 seconds for 4096 × 4096 on one
         core). Extra memory: a few MB, and a copy of ``w`` and the importance when ``per_tensor``.
 
     Source:
@@ -181,135 +184,31 @@ def choose(
     if not 0 < percentile <= 100:
         raise InputError(f"percentile {percentile:g} is not in (0, 100]")
     cells = _in_cells(matrix, groups, per_tensor)
-    weights = None
+    weights: Tensor | None = None
     if importance is not None:
         if rule != "mse":
             raise InputError(
                 f"importance weighs squared errors, which rule {rule!r} has none of; use 'mse'"
             )
-        h = _importance(importance, matrix)
-        weights = _in_cells(h.expand(matrix.shape) if per_tensor else h, groups, per_tensor)
+        each = _importance(importance, matrix)
+        each = each.expand(matrix.shape) if per_tensor else each
+        weights = _in_cells(each, groups, per_tensor)
     clip = percentile if rule == "percentile" else 100.0
     ends = [_ends(cells[rows], clip) for rows in _rows(cells)]
     low, high = (torch.cat([pair[end] for pair in ends]) for end in (0, 1))
     scale, zero_point = _grid_of(low, high, integers, symmetric)
     if rule == "mse":
         for rows in _rows(cells):
-            best = _Best(
-                cells[rows],
-                None
-                if weights is None
-                else _weights(weights if weights.shape[0] == 1 else weights[rows]),
-                integers,
-                scale[rows],
-                zero_point[rows],
-            )
+            h = None
+            if weights is not None:
+                h = _weights(weights if weights.shape[0] == 1 else weights[rows])
+            start = (scale[rows], zero_point[rows])
             if symmetric:
-                _search_scale(best)
+                found = best_scale(cells[rows], h, integers, *start)
             else:
-                _search_ends(best, low[rows], high[rows])
-            scale[rows], zero_point[rows] = best.scale, best.zero_point
+                found = best_ends(cells[rows], h, integers, *start, low[rows], high[rows])
+            scale[rows], zero_point[rows] = found
     return Grid(scale, zero_point, integers)
-
-
-class _Best:
-    """The grid of least error that was tried so far, of each cell.
-
-    Args:
-        x: (r, G, K) float32 values of the cells.
-        weights: (r or 1, G, K) float32 of their squared errors; None for 1.
-        integers: what the values become.
-        scale: (r, G) float32, the first to try.
-        zero_point: (r, G) int64.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        weights: Tensor | None,
-        integers: Integers,
-        scale: Tensor,
-        zero_point: Tensor,
-    ) -> None:
-        self.x, self.weights, self.integers = x, weights, integers
-        self.scale, self.zero_point = scale, zero_point  # (r, G)
-        self.error = torch.full(scale.shape, torch.inf, dtype=torch.float64)  # (r, G)
-        self.attempt(scale, zero_point)
-
-    def attempt(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Take another grid in the cells where it has a smaller error."""
-        scale = scale.clamp_min(SMALLEST_SCALE)
-        error = torch.zeros_like(self.error)
-        for x, h, steps in self._steps(scale, zero_point):
-            e = steps.mul_(scale[..., None]).sub_(x).square_()
-            error += (e if h is None else e.mul_(h)).sum(-1, dtype=torch.float64)
-        better = error < self.error
-        self.scale = torch.where(better, scale, self.scale)
-        self.zero_point = torch.where(better, zero_point, self.zero_point)
-        self.error = torch.where(better, error, self.error)
-
-    def fit(self, shift: int = 0) -> None:
-        """Try the scale s = Σ h w (q − z) / Σ h (q − z)² that is the best for the integers of the best grid."""
-        top, bottom = torch.zeros_like(self.error), torch.zeros_like(self.error)
-        zero_point = (self.zero_point + shift).clamp(self.integers.low, self.integers.high)
-        for x, h, steps in self._steps(self.scale, zero_point):
-            weighted = steps if h is None else steps * h
-            top += (weighted * x).sum(-1, dtype=torch.float64)
-            bottom += (weighted * steps).sum(-1, dtype=torch.float64)
-        fitted = torch.where(bottom > 0, top / bottom.clamp_min(1e-300), self.scale.double())
-        self.attempt(fitted.float(), zero_point)
-
-    def _steps(
-        self, scale: Tensor, zero_point: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """(values, weights, q − z) of one slice of each cell after another."""
-        size = max(1, _CHUNK // scale.numel())
-        scale, shift = scale[..., None], zero_point[..., None].float()
-        for start in range(0, self.x.shape[-1], size):
-            x = self.x[..., start : start + size]
-            h = None if self.weights is None else self.weights[..., start : start + size]
-            steps = (x / scale).round_().add_(shift)
-            yield x, h, steps.clamp_(self.integers.low, self.integers.high).sub_(shift)
-
-
-def _search_scale(best: _Best) -> None:
-    """Scales from the one that clips nothing downward, then finer around the best, then the closed form."""
-    first = best.scale
-    for step in range(1, _COARSE):
-        best.attempt(first * _RATIO**step, best.zero_point)
-    for fraction in (1 / 3, 1 / 9, 1 / 27):
-        centre = best.scale
-        for step in (-2, -1, 1, 2):
-            best.attempt(centre * _RATIO ** (step * fraction), best.zero_point)
-    for _ in range(3):
-        best.fit()
-
-
-def _search_ends(best: _Best, low: Tensor, high: Tensor) -> None:
-    """All pairs of ends of a coarse list, then each end finer, then neighbouring zero points and the closed form."""
-    ends = torch.stack([low.double(), high.double()])  # (2, r, G)
-    factors = torch.ones_like(ends)  # of the best pair
-
-    def attempt(trial: Tensor) -> None:
-        before = best.error
-        best.attempt(*affine.asymmetric(ends[0] * trial[0], ends[1] * trial[1], best.integers))
-        better = best.error < before
-        factors.copy_(torch.where(better, trial, factors))
-
-    fractions = [_END_RATIO**step for step in range(_END_COARSE)]
-    ones = torch.ones_like(ends)
-    for below in fractions:
-        for above in fractions:
-            attempt(torch.stack([ones[0] * below, ones[1] * above]))
-    for fraction in (1 / 2, 1 / 4, 1 / 8, 1 / 16):
-        for changed in ((0,), (1,), (0, 1)):
-            centre = factors.clone()
-            for step in (-1, 1):
-                trial = centre.clone()
-                trial[list(changed)] *= _END_RATIO ** (step * fraction)
-                attempt(trial)
-    for shift in (0, -1, 1, 0, 0):
-        best.fit(shift)
 
 
 def _grid_of(
@@ -392,8 +291,8 @@ def _in_cells(matrix: Tensor, groups: int, per_tensor: bool) -> Tensor:
 
 
 def _rows(cells: Tensor) -> Iterator[slice]:
-    """Slices of rows with about `_CHUNK` values each."""
-    size = max(1, _CHUNK // cells[0].numel())
+    """Slices of rows with about `CHUNK` values each."""
+    size = max(1, CHUNK // cells[0].numel())
     return (slice(start, start + size) for start in range(0, cells.shape[0], size))
 
 
