@@ -16,13 +16,17 @@ from tinier.graph.stored import Store
 from tinier.statistics import Statistics
 from tinier.tensors.affine import Integers
 from tinier.tensors.error_feedback import error_feedback
-from tinier.tensors.grid import Grid, choose
+from tinier.tensors.grid import Grid, choose, group_count
 from tinier.tensors.hqq import hqq
 from tinier.tensors.saturation import without_saturation
 
 ROUNDINGS = ("nearest", "error_feedback", "hqq")
 # A bias is a 32-bit integer in units of input scale · weight scale; this leaves the sum of products a bit.
 _LARGEST_BIAS = 2**30
+PASSES, REFITS = (
+    3,
+    2,
+)  # sweeps over the integers after error feedback, and fits of the scales to them
 _GROUPED = ("linear", "embedding")  # what runtimes dequantize in groups
 
 
@@ -84,10 +88,10 @@ def integers_of(
         raise RefusedError(f"{store.name} has NaN or infinity; the network cannot be quantized")
     matrix = as_matrix(weight.detach(), store.axis)
     grams = _grams(store, statistics, matrix.shape[1])
-    groups = _groups(store, scheme, matrix.shape[1])
     importance = _importance(grams, len(matrix)) if scheme.ranges == "importance" else None
     rule = "mse" if scheme.ranges == "importance" else scheme.ranges
     try:
+        groups = _groups(store, scheme, matrix.shape[1])
         grid = choose(
             matrix,
             scheme.integers,
@@ -109,7 +113,8 @@ def integers_of(
     if scheme.rounding == "hqq":
         grid = hqq(matrix, grid)
     if scheme.rounding == "error_feedback" and grams is not None:
-        chosen, said = _fed_back(matrix, grams, grid)
+        # Scales of integer operators are bounded from below: by biases, by saturation.
+        chosen, grid, said = _fed_back(matrix, grams, grid, 0 if steps else REFITS)
         notes += [f"{store.name}: {text}" for text in said]
     edit = QuantizeWeight(
         store.name,
@@ -127,14 +132,7 @@ def integers_of(
 def _groups(store: Store, scheme: Scheme, columns: int) -> int:
     if scheme.group is None or store.kind not in _GROUPED:
         return 1
-    if columns % scheme.group:
-        fits = [n for n in range(8, columns + 1) if columns % n == 0]
-        near = sorted(fits, key=lambda n: abs(n - scheme.group))[:3]  # type: ignore[operator]
-        raise InputError(
-            f"{store.name}: group size {scheme.group} does not divide {columns} inputs; "
-            f"use {', '.join(map(str, sorted(near)))}, or exclude this layer"
-        )
-    return columns // scheme.group
+    return group_count(columns, scheme.group)
 
 
 def _grams(store: Store, statistics: Statistics | None, columns: int) -> Tensor | None:
@@ -187,19 +185,27 @@ def _repaired(weight: Tensor, axis: int, grid: Grid) -> tuple[Grid, int]:
     return Grid(scale[:, None], zero, grid.integers), len(channels)
 
 
-def _fed_back(matrix: Tensor, grams: Tensor, grid: Grid) -> tuple[Tensor, list[str]]:
-    """(m, n) integers, each group of a convolution by itself."""
-    parts, said = [], []
+def _fed_back(
+    matrix: Tensor, grams: Tensor, grid: Grid, refits: int
+) -> tuple[Tensor, Grid, list[str]]:
+    """(m, n) integers and their grid, each group of a convolution by itself."""
+    parts: list[Tensor] = []
+    grids: list[Grid] = []
+    said: list[str] = []
     each = len(matrix) // len(grams)
+    shared = len(grid.scale) == 1
     for number, gram in enumerate(grams):
         rows = slice(number * each, (number + 1) * each)
-        own = (
-            grid
-            if len(grid.scale) == 1
-            else Grid(grid.scale[rows], grid.zero_point[rows], grid.integers)
-        )
-        found = error_feedback(matrix[rows], gram, own)
+        own = grid
+        if not shared:
+            own = Grid(grid.scale[rows], grid.zero_point[rows], grid.integers)
+        more = 0 if shared and len(grams) > 1 else refits
+        found = error_feedback(matrix[rows], gram, own, passes=PASSES, refits=more)
         parts.append(found.integers)
+        grids.append(found.grid)
         if found.fell_back and found.fell_back not in said:
             said.append(found.fell_back)
-    return torch.cat(parts), said
+    if not shared:
+        scale = torch.cat([one.scale for one in grids])
+        grid = Grid(scale, torch.cat([one.zero_point for one in grids]), grid.integers)
+    return torch.cat(parts), grid if len(grids) > 1 else grids[0], said
