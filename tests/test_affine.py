@@ -1,4 +1,4 @@
-"""Affine quantization against its formula, and the proof against saturation against 16-bit arithmetic."""
+"""Affine quantization against its formula."""
 
 from itertools import pairwise
 
@@ -15,9 +15,6 @@ from tinier.tensors.affine import (
     symmetric,
     within,
 )
-from tinier.tensors.saturation import PAIR_LIMIT, pair_sums, without_saturation
-
-ZERO = torch.zeros((), dtype=torch.int64)
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -113,62 +110,3 @@ def test_within_a_clamp(bounds: tuple[float, float]) -> None:
     assert float(inside * (integers.high - zero_point)) <= bounds[1]
     assert float(inside * (integers.low - zero_point)) >= bounds[0]
     assert inside >= scale * 0.99
-
-
-# Saturation
-
-
-def saturating_pair(a: list[int], w: list[int]) -> int:
-    """One 16-bit lane of vpmaddubsw: a₀·w₀ + a₁·w₁, saturated."""
-    return max(-32768, min(32767, a[0] * w[0] + a[1] * w[1]))
-
-
-def test_the_limit_is_exactly_where_16_bits_saturate() -> None:
-    """Brute force over all pairs of weights; activations of 255 or 0 are the worst."""
-    w0, w1 = torch.meshgrid(torch.arange(-127, 128), torch.arange(-127, 128), indexing="ij")
-    safe = torch.ones_like(w0, dtype=torch.bool)
-    for a0 in (0, 255):
-        for a1 in (0, 255):
-            total = a0 * w0 + a1 * w1
-            safe &= (total <= 32767) & (total >= -32768)
-    allowed = w0.abs() + w1.abs() <= PAIR_LIMIT
-    assert bool(safe[allowed].all())
-    tight = (w0.abs() + w1.abs() == PAIR_LIMIT + 1) & (w0 > 0) & (w1 > 0)
-    assert not bool(safe[tight].any())
-    assert saturating_pair([255, 255], [127, 127]) == 32767 != 255 * 254
-
-
-@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (6, 1, 3, 3), (4, 9), (3, 1), (5, 4, 7)])
-def test_repaired_weights_never_saturate(shape: tuple[int, ...]) -> None:
-    weight = values(*shape)
-    weight[0] *= 0.0
-    if weight[0].numel() > 2:
-        weight[1] = 0.01
-        weight[1].view(-1)[0] = 1.0  # one large weight with small neighbours needs no repair
-    integers = Integers.signed(8)
-    before = symmetric(weight.flatten(1).abs().amax(1), integers)
-    after, repaired = without_saturation(weight, before, integers)
-    q = quantize(weight, after, ZERO, integers, 0)
-    assert bool((pair_sums(q) <= PAIR_LIMIT).all())
-    for rows in (q.flatten(1), q.movedim(1, -1).flatten(1)):
-        for row in rows.tolist():
-            for pair in pairwise(row):
-                for a in ([255, 255], [255, 0], [0, 255]):
-                    exact = a[0] * pair[0] + a[1] * pair[1]
-                    assert saturating_pair(a, [*pair]) == exact
-    kept = [channel for channel in range(shape[0]) if channel not in repaired]
-    assert torch.equal(after[kept], before[kept])
-    assert bool((after[list(repaired)] > before[list(repaired)]).all())
-    assert 0 not in repaired
-    if weight[0].numel() > 2:
-        assert 1 not in repaired
-
-
-def test_the_repair_is_small() -> None:
-    weight = values(32, 16, 3, 3)
-    integers = Integers.signed(8)
-    before = symmetric(weight.flatten(1).abs().amax(1), integers)
-    after, _ = without_saturation(weight, before, integers)
-    sums = pair_sums(quantize(weight, after, ZERO, integers, 0))
-    assert bool((sums >= PAIR_LIMIT - 2)[after > before].all())
-    assert float((after / before).max()) <= 2.0

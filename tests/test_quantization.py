@@ -328,7 +328,7 @@ def test_saturation_free_weights() -> None:
     assert any("no sum saturates" in note for note in method.decide(network, statistics)[1])
     assert Quantization().decide(network, statistics)[1] == ()
     for name, value in result.module.state_dict().items():
-        if value.dtype == torch.int8:
+        if value.dtype == torch.int8 and "depthwise" not in name:
             assert int(pair_sums(value).max()) <= PAIR_LIMIT, name
 
 

@@ -11,6 +11,7 @@ from tinier.edits.pairs import as_matrix
 from tinier.edits.quantize import QuantizeWeight
 from tinier.errors import InputError, RefusedError
 from tinier.graph.fold import parameter_of, read
+from tinier.graph.layers import linear_layer
 from tinier.graph.placement import ROLES
 from tinier.graph.stored import Store
 from tinier.statistics import Statistics
@@ -18,7 +19,7 @@ from tinier.tensors.affine import Integers
 from tinier.tensors.error_feedback import error_feedback
 from tinier.tensors.grid import Grid, choose, group_count
 from tinier.tensors.hqq import hqq
-from tinier.tensors.saturation import without_saturation
+from tinier.tensors.saturation import lowered, without_saturation
 
 ROUNDINGS = ("nearest", "error_feedback", "hqq")
 # A bias is a 32-bit integer in units of input scale · weight scale; this leaves the sum of products a bit.
@@ -104,17 +105,22 @@ def integers_of(
     except InputError as error:
         raise InputError(f"{store.name}: {error}") from error
     notes: list[str] = []
+    if scheme.rounding == "hqq":
+        grid = hqq(matrix, grid)
+    # After whatever chooses scales: biases and saturation bound them from below.
     grid = _wide_enough(module, store, grid, steps)
-    if scheme.saturation_free and scheme.bits <= 8 and groups == 1 and scheme.symmetric:
+    saturates = scheme.saturation_free and scheme.bits <= 8 and scheme.symmetric and groups == 1
+    saturates = saturates and not _depthwise(module, store, weight)
+    if saturates:
         grid, count = _repaired(weight, store.axis, grid)
         if count:
             notes.append(f"{store.name}: {count} channels scaled down, so that no sum saturates")
     chosen = None
-    if scheme.rounding == "hqq":
-        grid = hqq(matrix, grid)
     if scheme.rounding == "error_feedback" and grams is not None:
-        # Scales of integer operators are bounded from below: by biases, by saturation.
         chosen, grid, said = _fed_back(matrix, grams, grid, 0 if steps else REFITS)
+        if saturates:
+            first = weight.movedim(store.axis, 0)
+            chosen = lowered(chosen.reshape(first.shape)).reshape(chosen.shape)
         notes += [f"{store.name}: {text}" for text in said]
     edit = QuantizeWeight(
         store.name,
@@ -181,8 +187,17 @@ def _repaired(weight: Tensor, axis: int, grid: Grid) -> tuple[Grid, int]:
     scale, channels = without_saturation(
         first, grid.scale[:, 0].expand(len(first)).contiguous(), grid.integers
     )
-    zero = torch.zeros(len(first), 1, dtype=torch.int64)
-    return Grid(scale[:, None], zero, grid.integers), len(channels)
+    if len(grid.scale) == 1:
+        scale = scale.max()[None]  # one for all channels
+    return Grid(scale[:, None], grid.zero_point, grid.integers), len(channels)
+
+
+def _depthwise(module: fx.GraphModule, store: Store, weight: Tensor) -> bool:
+    """Whether all that read a weight are depthwise convolutions with one output for each input: their kernels do not saturate."""
+    if store.kind != "convolution" or weight.shape[1] != 1:
+        return False
+    layers = [linear_layer(node) for node in module.graph.nodes if node.name in store.readers]
+    return all(layer is not None and layer.groups == len(weight) > 1 for layer in layers)
 
 
 def _fed_back(
