@@ -40,7 +40,8 @@ class Assign(Edit):
     Attributes:
         tensor: the parameter's name in the folded graph.
         values: of its shape and type.
-        reader: for a parameter that does not exist: the layer, a node of the folded graph, that reads it as its bias.
+        reader: for a parameter that does not exist: the layer that reads it as its bias, by its node of the folded graph, or by the weight
+            that it alone reads.
         reason: what the values are, for the plan's table.
     """
 
@@ -97,7 +98,9 @@ def _assign(module: fx.GraphModule, edit: Assign, name: str) -> None:
 
 def _give_bias(module: fx.GraphModule, edit: Assign, name: str) -> None:
     nodes = {node.name: node for node in module.graph.nodes}
-    node = nodes.get(edit.reader)
+    weight = next((n for n in nodes.values() if parameter_of(n) == edit.reader), None)
+    readers = [] if weight is None else list(weight.users)
+    node = readers[0] if len(readers) == 1 else nodes.get(edit.reader)
     role = None if node is None or node.op != "call_function" else ROLES.get(node.target)
     if node is None or role is None or role.kind is not Kind.WEIGHTED or role.bias != 2:
         raise RefusedError(f"{name} has no parameter {edit.tensor}")

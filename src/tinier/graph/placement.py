@@ -216,7 +216,7 @@ class _Placer:
                 self.result.values[node.name] = names
             if node in self.integer or node in self.reads:
                 self.result.shares[node.name] = self.find(node).name
-                if (clamp := _clamp_bounds(node)) is not None:
+                if (clamp := clamp_bounds(node)) is not None:
                     self.result.bounds[node.name] = clamp
         return self.result
 
@@ -292,7 +292,7 @@ class _Placer:
     def emit(self, node: fx.Node) -> None:
         """Quantize an operator's output, after the activation function if one alone reads it."""
         users = list(node.users)
-        if len(users) == 1 and _clamp_bounds(users[0]) is not None:
+        if len(users) == 1 and clamp_bounds(users[0]) is not None:
             self.integer.add(users[0])
             self.result.before[users[0].name] = node.name
         else:
@@ -314,7 +314,7 @@ def _role(node: fx.Node) -> Role:
     return ROLES.get(node.target, Role(Kind.FLOAT, reason="unknown to tinier's table"))
 
 
-def _clamp_bounds(node: fx.Node) -> tuple[float, float] | None:
+def clamp_bounds(node: fx.Node) -> tuple[float, float] | None:
     """(low, high) of an activation function that only clamps and keeps 0; None for other nodes."""
     role = ROLES.get(node.target) if node.op == "call_function" else None
     if role is None or role.kind is not Kind.CLAMP:

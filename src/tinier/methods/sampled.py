@@ -1,0 +1,109 @@
+"""Examples as they are, in small batches, for methods that run a network operator by operator."""
+
+from collections.abc import Iterable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, fx
+
+from tinier.errors import DataError, InputError
+from tinier.graph.rules.base import hint
+from tinier.graph.walk import outputs_of
+from tinier.network import Network
+from tinier.statistics import Statistics
+from tinier.statistics.chunks import Batch, chunks
+
+CHUNK = 16  # examples that one operator runs on at once
+MEMORY = 2 * 2**30  # bytes that the values of all examples may take
+ALIVE = 8  # times the largest value that are alive in the float and the quantized graph
+
+
+def examples(network: Network, batches: Iterable[Batch], most: int) -> list[list[Tensor]]:
+    """The first examples in batches of 16, each a list of inputs in the order of the graph.
+
+    Args:
+        network: whose inputs they are.
+        batches: input name → tensor, or pairs of these and labels.
+        most: examples; less where the values inside the network would take more than 2 GB.
+
+    Raises:
+        DataError: there are none, or an input is missing.
+    """
+    result: list[list[Tensor]] = []
+    count, most = 0, min(most, MEMORY // _bytes(network))
+    for inputs, _ in chunks(network, batches, CHUNK):
+        if count >= most:
+            break
+        result.append([inputs[name] for name in network.traced.inputs])
+        count += len(result[-1][0])
+    if not result:
+        raise DataError(f"{network.name}: no examples; a hundred or more are needed")
+    return result
+
+
+def _bytes(network: Network) -> int:
+    """What one example takes while a graph runs, about."""
+    values = [
+        node.meta.get("val") for node in network.traced.module.graph.nodes if node.op != "get_attr"
+    ]
+    sizes = [prod(hint(n) for n in v.shape) * 4 for v in values if isinstance(v, Tensor)]
+    known = len(next(iter(network.example.values())))
+    return max(max(sizes, default=1) * ALIVE // known, 1)
+
+
+def samples_of(
+    network: Network, statistics: Statistics | None, most: int, what: str
+) -> list[list[Tensor]]:
+    """The examples inside statistics.
+
+    Raises:
+        InputError: there are none.
+    """
+    if statistics is None or not statistics.samples:
+        raise InputError(f"{what} needs examples: statistics=Statistics({{}}, n, samples=batches)")
+    return examples(network, statistics.samples, most)
+
+
+def spread(batches: Sequence[Batch], most: int) -> list[Batch]:
+    """At most so many examples, evenly from all batches.
+
+    Args:
+        batches: input name → tensor, or pairs of these and labels.
+        most: 1 or more.
+    """
+    sizes = [len(next(iter(_inputs(batch).values()))) for batch in batches]
+    every = max(-(-sum(sizes) // most), 1)
+    start, result = 0, list[Batch]()
+    for batch, size in zip(batches, sizes, strict=True):
+        chosen = slice(-start % every, None, every)
+        start += size
+        part = {name: value[chosen] for name, value in _inputs(batch).items()}
+        if len(next(iter(part.values()))):
+            result.append(part)
+    return result
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return dict(batch[0] if isinstance(batch, tuple) else batch)
+
+
+def relative_error(
+    module: fx.GraphModule,
+    expected: Sequence[Sequence[Tensor]],
+    batches: Sequence[Sequence[Tensor]],
+) -> float:
+    """√(Σ (y − ŷ)² / Σ y²) over all float outputs of a graph.
+
+    Args:
+        module: gives ŷ.
+        expected: y, the outputs for each batch.
+        batches: inputs.
+    """
+    error = total = 0.0
+    for want, got in zip(expected, outputs_of(module, batches), strict=True):
+        for y, z in zip(want, got, strict=True):
+            if y.is_floating_point():
+                fine = torch.isfinite(y)
+                error += float((y[fine].double() - z[fine].double()).square().sum())
+                total += float(y[fine].double().square().sum())
+    return (error / total) ** 0.5 if total else float(error > 0)
