@@ -1,6 +1,6 @@
 """Quantize/dequantize pairs and integer weights in a graph: what `Quantize` and `QuantizeWeight` write there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 from tinier.graph.fold import parameter_of, read, write
 from tinier.graph.placement import ROLES, Kind
+from tinier.modules.fake_quantize import BIAS
 from tinier.tensors.affine import Integers, quantize
 
 pairs = torch.ops.quantized_decomposed
-BIAS = Integers(-(2**31), 2**31 - 1)
 
 
 def insert_pair(
@@ -136,7 +136,43 @@ def store_biases(
         inputs: node → scale of its values.
         weights: parameter → (m,) its scales, of those with one for each channel.
     """
-    for node in list(module.graph.nodes):
+    for found in integer_biases(module, inputs, weights):
+        bias = read(module, found.name)
+        assert bias is not None
+        step = weights[found.weight] * inputs[found.source]
+        zeros = torch.zeros(len(step), dtype=torch.int64)
+        integers = quantize(bias.detach().double(), step.double(), zeros, BIAS, 0)
+        shared = len(found.argument.users) > 1
+        stored = Stored.under(f"{found.name}_{found.reader.name}" if shared else found.name)
+        stored.write(module, integers, step, zeros)
+        stored.attach(found.argument, found.reader, 0, BIAS)
+
+
+@dataclass(frozen=True)
+class IntegerBias:
+    """A bias that an integer operator adds.
+
+    Attributes:
+        name: of the parameter.
+        argument: the node that gives it to ``reader``.
+        reader: the operator.
+        source: name of the node that the weight multiplies.
+        weight: name of the weight.
+    """
+
+    name: str
+    argument: fx.Node
+    reader: fx.Node
+    source: str
+    weight: str
+
+
+def integer_biases(
+    module: fx.GraphModule, inputs: Container[str], weights: Container[str]
+) -> list[IntegerBias]:
+    """The biases of operators with quantized ``inputs`` (nodes) and ``weights`` (parameters), in a graph without pairs."""
+    result = []
+    for node in module.graph.nodes:
         role = ROLES.get(node.target) if node.op == "call_function" else None
         if role is None or role.kind is not Kind.WEIGHTED:
             continue
@@ -153,14 +189,8 @@ def store_biases(
             continue
         if node.target is torch.ops.aten.linear.default and source.meta["val"].ndim != 2:
             continue  # a matrix product of more dimensions: runtimes add its bias in float
-        bias = read(module, name)
-        assert bias is not None
-        step = weights[weight] * inputs[source.name]
-        zeros = torch.zeros(len(step), dtype=torch.int64)
-        integers = quantize(bias.detach().double(), step.double(), zeros, BIAS, 0)
-        stored = Stored.under(f"{name}_{node.name}" if len(argument.users) > 1 else name)
-        stored.write(module, integers, step, zeros)
-        stored.attach(argument, node, 0, BIAS)
+        result.append(IntegerBias(name, argument, node, source.name, weight))
+    return result
 
 
 def name_outputs(module: fx.GraphModule, names: tuple[str, ...]) -> None:

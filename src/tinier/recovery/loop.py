@@ -23,6 +23,7 @@ from tinier.units import is_number
 
 Inputs = dict[str, Tensor]
 Augment = Callable[[Inputs, torch.Generator], Inputs]
+EachStep = Callable[[nn.Module, float], None]
 
 # The teacher's answers are kept and not computed again where they take less than this.
 CACHE_BYTES = 256 * 2**20
@@ -67,6 +68,7 @@ def recover(
     lr: float | None = None,
     seed: int = 0,
     augment: Augment | None = None,
+    each_step: EachStep | None = None,
     progress: Callable[[float, float], None] | None = None,
 ) -> Recovered:
     """Train a copy of ``student`` to answer like ``teacher``.
@@ -89,6 +91,7 @@ def recover(
         lr: the highest learning rate; None for 0.05 with SGD and 0.002 with AdamW.
         seed: of the order of the examples and of ``augment``.
         augment: makes other inputs of a batch's inputs, drawing from the generator; student and teacher see the same ones.
+        each_step: called before each step with the module that is trained and the part done.
         progress: called after each step with the part done, in [0, 1], and the loss.
 
     Returns:
@@ -136,6 +139,8 @@ def recover(
         good = _snapshot(module)
         while (done := max(steps / total, (time.monotonic() - started) / limit)) < 1:
             index, inputs, labels = next(batches)
+            if each_step is not None:
+                each_step(module, done)
             optimizer.param_groups[0]["lr"] = lr * schedule(done)
             targets = teach(index, inputs, first=steps < per_epoch)
             outputs = tracing.call(module, _as(inputs, layout))

@@ -87,6 +87,7 @@ def _translations(program: torch.export.ExportedProgram) -> dict[Any, Callable[.
         "aten::_grouped_mm": _grouped_product,
         "aten::_is_all_true": _all_true,
         "quantized_decomposed::dequantize_per_channel_group": _dequantized_groups,
+        "quantized_decomposed::quantize_per_tensor": _quantized,
     }
     attention = torch.ops.aten.scaled_dot_product_attention.default
     for node in program.graph.find_nodes(op="call_function", target=attention):
@@ -148,6 +149,21 @@ def _attention(
     shares = op.Softmax(op.Add(weights, mask), axis=-1)
     seen = op.Greater(op.ReduceMax(mask, op.Constant(value_ints=[-1]), keepdims=1), never)
     return op.MatMul(op.Where(seen, shares, zero), value)
+
+
+def _quantized(x: Any, scale: float, zero_point: int, low: int, high: int, dtype: int) -> Any:
+    """Fewer integers than their type has are clamped to: QuantizeLinear goes to the ends of the type."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    kind = helper.tensor_dtype_to_np_dtype(dtype)
+
+    def constant(value: int) -> Any:
+        return op.Constant(value=numpy_helper.from_array(np.array(value, kind)))
+
+    q = op.QuantizeLinear(x, scale, constant(zero_point))
+    info = np.iinfo(kind)
+    return q if (low, high) == (info.min, info.max) else op.Clip(q, constant(low), constant(high))
 
 
 def _dequantized_groups(

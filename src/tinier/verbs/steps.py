@@ -8,6 +8,7 @@ from tinier.network import Example
 from tinier.recovery.loop import recover as train_student
 from tinier.targets.base import Artifact, targets_for
 from tinier.verbs.calibration import ended_early, training
+from tinier.verbs.quantization_aware import is_quantized, train_quantized
 from tinier.verbs.smaller import Smaller, network_of
 
 
@@ -19,15 +20,21 @@ def recover(
     epochs: float | None = None,
     seed: int = 0,
 ) -> Smaller:
-    """Give quality back to a pruned network by distillation from its original.
+    """Give quality back to a pruned or quantized network by distillation from its original.
+
+    A quantized network is trained quantization-aware: its weights, biases and steps learn while it computes with rounded values, and what
+    comes back is quantized with them.
 
     Args:
-        pruned: what ``prune`` gave.
+        pruned: what ``prune`` or ``quantize`` gave.
         data: training examples; labels are not used.
         seconds: time to train, or
         epochs: passes over the data.
         seed: of the order of the examples.
     """
+    if is_quantized(pruned):
+        examples = training(data, pruned.original)
+        return train_quantized(pruned, examples, seconds=seconds, epochs=epochs, seed=seed)
     examples = training(data, pruned.network)
     done = train_student(
         pruned.network, pruned.original, examples, seconds=seconds, epochs=epochs, seed=seed

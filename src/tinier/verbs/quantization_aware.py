@@ -1,0 +1,74 @@
+"""Quantization-aware training: a quantized network learns to answer like the original, and stays what the runtime computes."""
+
+from tinier.data.base import Examples
+from tinier.edits.base import Plan
+from tinier.edits.fake_quantize import plan_of, repair_saturation, trainable
+from tinier.edits.quantize import Quantize, QuantizeWeight
+from tinier.measure.machine import machine
+from tinier.modules.fake_quantize import LearnSteps
+from tinier.recovery.loop import recover
+from tinier.verbs.calibration import ended_early
+from tinier.verbs.smaller import Smaller
+
+# Weights that are already trained, and steps whose logarithm is learned, take smaller steps than new ones.
+LEARNING_RATE = 1e-2
+
+
+def is_quantized(smaller: Smaller) -> bool:
+    """Whether the last step was ``quantize``, so that there is a plan of integers to train."""
+    return smaller.trainable is not None and any(
+        isinstance(edit, Quantize | QuantizeWeight) for edit in smaller.plan.edits
+    )
+
+
+def train_quantized(
+    quantized: Smaller,
+    examples: Examples,
+    *,
+    seconds: float | None,
+    epochs: float | None,
+    seed: int,
+) -> Smaller:
+    """Train weights, biases and steps of a quantized network by distillation from its original.
+
+    Args:
+        quantized: what ``quantize`` gave.
+        examples: training data.
+        seconds: most time to take, or
+        epochs: passes over the data.
+        seed: of the order of the examples.
+
+    Returns:
+        The network quantized with the trained weights, and its plan.
+
+    Cost:
+        As ``recovery.loop.recover``, and about half as much again for the quantizers.
+    """
+    assert quantized.trainable is not None
+    edits = quantized.plan.edits
+    first = next(number for number, edit in enumerate(edits) if edit.of_artifact)
+    earlier, own = Plan(edits[:first]), Plan(edits[first:])
+    student = trainable(quantized.trainable, own)
+    done = recover(
+        student,
+        quantized.original,
+        examples,
+        seconds=seconds,
+        epochs=epochs,
+        lr=LEARNING_RATE,
+        seed=seed,
+        each_step=LearnSteps(),
+    )
+    notes = list(ended_early(done))
+    static = any(isinstance(edit, Quantize) for edit in own.edits)
+    if static and not machine().vnni:
+        notes += repair_saturation(done.network, own)
+    plan = plan_of(done.network, own)
+    note = f"trained quantized for {done.epochs:.2g} epochs in {done.seconds:.0f} s"
+    return Smaller(
+        plan.apply(quantized.trainable),
+        quantized.original,
+        earlier + plan,
+        quantized.trainable,
+        (*quantized.notes, note, *notes),
+    )
