@@ -19,11 +19,10 @@ from tinier.network import Network
 from tinier.statistics import Statistics
 from tinier.tensors.affine import Integers, asymmetric, within
 from tinier.tensors.histogram import Histogram
-from tinier.tensors.ranges import activation_range
+from tinier.tensors.ranges import RULES, activation_range
 
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (float("-inf"), float("inf"))
-RULES = ("minmax", "mse")
 WEIGHT_RULES = ("minmax", "percentile", "mse", "importance")
 
 
@@ -34,9 +33,10 @@ class Quantization(Method):
     Attributes:
         bits: of weights, 2 to 16; up to 8 where activations stay float.
         activations: bits of activations, 2 to 16; None leaves them float: weights alone are stored as integers.
-        ranges: of activations: ``"minmax"``, or ``"mse"`` for the ranges with the least squared error.
+        ranges: of activations: ``"minmax"``, ``"percentile"``, ``"moving_average"``, ``"mse"`` for the least squared error, or
+            ``"entropy"`` for the least KL divergence: `tinier.tensors.ranges.RULES`.
         weight_ranges: of weights: ``"minmax"``, ``"percentile"``, ``"mse"``, or ``"importance"``: least squared error of each weight times
-            the mean square of its input; None for what ``ranges`` is.
+            the mean square of its input; None for what ``ranges`` is, or ``"mse"`` where that is no rule for weights.
         group: inputs of a linear layer or entries of an embedding that share a scale; None for one scale a channel. Weights alone only.
         per_tensor: one scale for all channels of a weight.
         symmetric: zero points of weights are 0. Integer operators need that; for weights alone it can be false.

@@ -21,6 +21,11 @@ NEEDS = {
     "squares": "the mean square of each example's gradient for every parameter",
     "sensitivity": "inputs of linear layers and convolutions, weighted by how much each row of the result matters",
 }
+# What ``collect`` can collect beside the histograms.
+COLLECTS = {
+    "channels": "the smallest and the largest value of each channel of the activations",
+    "columns": "moments of what each column of the weights of linear layers and convolutions is multiplied with",
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,31 @@ class Moments:
         self.absolute += x.abs().sum(0)
         self.squares += x.square().sum(0)
         self.zeros += (x == 0).sum(0)
+
+
+@dataclass
+class Ends:
+    """The smallest and the largest value at each position of an axis.
+
+    Attributes:
+        low: (length,) float32; +inf before the first value.
+        high: (length,) float32; −inf before the first value.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def empty(cls, length: int) -> "Ends":
+        """Of nothing yet."""
+        return cls(torch.full((length,), torch.inf), torch.full((length,), -torch.inf))
+
+    def add(self, x: Tensor, axis: int) -> None:
+        """Count values; ``x`` has the positions along ``axis``."""
+        rows = x.movedim(axis, 0).flatten(1).float().cpu()
+        if rows.numel():
+            self.low = torch.minimum(self.low, rows.amin(1))
+            self.high = torch.maximum(self.high, rows.amax(1))
 
 
 @dataclass
@@ -137,6 +167,8 @@ class Statistics:
         activations: graph node → histogram of its values, of the network with its batch norms folded, in the order of the graph
             (``collect``, for quantization).
         examples: how many examples they are of.
+        channels: graph node of ``activations`` → dimension, 1 or −1, where its size is fixed → ends of each channel (``collect``).
+        columns: graph node of a linear layer or convolution → moments of each column of its weight matrix, (g · n,) (``collect``).
         needs: what was asked of ``observe``, keys of ``NEEDS``.
         uses: channel group → the places where operators read it.
         moments: read → moments.
@@ -165,3 +197,5 @@ class Statistics:
     samples: tuple[Mapping[str, Tensor], ...] = ()
     lines: Mapping[str, Fit] = field(default_factory=dict)
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
+    channels: Mapping[str, Mapping[int, Ends]] = field(default_factory=dict)
+    columns: Mapping[str, Moments] = field(default_factory=dict)

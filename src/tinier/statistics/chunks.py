@@ -8,6 +8,8 @@ from torch import Tensor
 from tinier.errors import DataError
 from tinier.network import Network
 
+CHUNK = 32  # examples that are run at once, however the data are batched
+
 Batch = Mapping[str, Tensor] | tuple[Mapping[str, Tensor], Tensor | None]
 
 

@@ -1,6 +1,6 @@
 """Where operators read a channel group and sum over it: the places that tell what a channel is worth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from tinier.graph.layers import Layer, linear_layer
 from tinier.graph.rules import argument, operator_name
 from tinier.graph.trace import Traced
 from tinier.statistics.base import Use
+
+_MOST_NUMBERS = 2**24  # in the rows that are taken at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +103,24 @@ def by_column(layer: Layer, values: Tensor, columns: int) -> Tensor:
         return values.expand(layer.groups, -1)
     grouped = values.view(layer.groups, -1)
     return grouped.repeat_interleave(columns // grouped.shape[1], 1)
+
+
+def layer_rows(layer: Layer, value: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """What a layer multiplies its weight matrix with, (g, rows, n), in parts of at most 2^24 numbers.
+
+    Args:
+        layer: a linear layer or convolution.
+        value: its input.
+        weight: its weight.
+    """
+    spatial = layer.kind in ("convolution", "transposed")
+    if spatial or (layer.kind == "matmul" and layer.groups > 1):
+        dim = 0 if spatial else 1
+        size = layer.inputs(value.narrow(dim, 0, 1), weight).numel()
+    else:
+        value, dim, size = value.reshape(-1, value.shape[-1]), 0, value.shape[-1]
+    for part in value.split(max(_MOST_NUMBERS // max(size, 1), 1), dim):
+        yield layer.inputs(part, weight)
 
 
 def axis_index(axes: Sequence[Axis], atom: Atom) -> list[tuple[int, Tensor]]:

@@ -12,15 +12,13 @@ from tinier.graph.axes import Atom, Axis, Product, atoms, shallow
 from tinier.graph.groups import Channels, channel_groups, named_tensors
 from tinier.network import Network
 from tinier.statistics.base import NEEDS, Gates, Gram, Moments, Statistics, Use
-from tinier.statistics.chunks import Batch, chunks
+from tinier.statistics.chunks import CHUNK, Batch, chunks
 from tinier.statistics.finite import NotFinite, culprit
 from tinier.statistics.histograms import Histograms
 from tinier.statistics.losses import Loss, summed_loss
-from tinier.statistics.places import Place, group_uses, reading_places
+from tinier.statistics.places import Place, group_uses, layer_rows, reading_places
 from tinier.statistics.sensitivity import Sensitivities
 
-CHUNK = 32  # examples that are run at once, however the data are batched
-MOST_ROWS = 2**24  # numbers in the rows of which one product is taken
 LOSSES = frozenset({"gradients", "gates", "squares"})
 
 
@@ -280,14 +278,8 @@ class _Recorder(fx.Interpreter):
             return
         layer, gram = place.layer, self.grams[place.node.name]
         weight = self.tensors[layer.weight].detach()
-        spatial = layer.kind in ("convolution", "transposed")
-        if spatial or (layer.kind == "matmul" and layer.groups > 1):
-            dim = 0 if spatial else 1
-            rows = layer.inputs(value.narrow(dim, 0, 1), weight).numel()
-        else:
-            value, dim, rows = value.reshape(-1, value.shape[-1]), 0, value.shape[-1]
-        for part in value.split(max(MOST_ROWS // max(rows, 1), 1), dim):
-            gram.add(layer.inputs(part, weight))
+        for rows in layer_rows(layer, value, weight):
+            gram.add(rows)
         if not bool(gram.total.isfinite().all()):
             raise NotFinite(place.source.name)
 

@@ -1,5 +1,6 @@
 """A streaming histogram whose memory is flat and whose counts do not depend on how the values were batched."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,8 @@ class Histogram:
         exponent: log2 of the width of a bin.
         zeros: how many values are exactly 0.
         low, high: smallest and largest value; +inf and −inf before the first.
+        parts: how many parts, such as examples, the values came in.
+        low_sum, high_sum: sums over the parts of the smallest and of the largest value of each.
     """
 
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
@@ -29,6 +32,9 @@ class Histogram:
     zeros: int = 0
     low: float = float("inf")
     high: float = float("-inf")
+    parts: int = 0
+    low_sum: float = 0.0
+    high_sum: float = 0.0
 
     @property
     def count(self) -> int:
@@ -40,24 +46,38 @@ class Histogram:
         """Whether all values so far, of which there must be some, were finite."""
         return abs(self.low) < float("inf") and abs(self.high) < float("inf")
 
-    def add(self, x: Tensor) -> None:
+    @property
+    def mean_ends(self) -> tuple[float, float]:
+        """Means over the parts of the smallest and of the largest value; +inf and −inf before the first."""
+        if not self.parts:
+            return float("inf"), float("-inf")
+        return self.low_sum / self.parts, self.high_sum / self.parts
+
+    def add(self, x: Tensor, dim: int | None = None) -> None:
         """Count the values of a tensor of any shape.
 
         Args:
             x: floating point; with NaN or infinity in it ``finite`` becomes false and nothing is counted.
+            dim: the dimension each of whose slices is a part; None where the tensor is one part.
 
         Cost:
             O(values); a few copies of ``x``.
         """
-        x = x.detach().float().flatten()
         if not x.numel():
             return
-        low, high = (float(bound) for bound in torch.aminmax(x))
+        x = x.detach().float()
+        x = x.reshape(1, -1) if dim is None else x.movedim(dim, 0).reshape(x.shape[dim], -1)
+        lows, highs = torch.aminmax(x, dim=1)  # (parts,) each
+        low, high = float(lows.min()), float(highs.max())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             self.low, self.high = float("-inf"), float("inf")
             return
         self.low, self.high = min(self.low, low), max(self.high, high)
+        self.parts += len(x)
+        self.low_sum += float(lows.double().sum())
+        self.high_sum += float(highs.double().sum())
         self._widen(_exponent(low, high))
+        x = x.flatten()
         nonzero = int(torch.count_nonzero(x))
         index = torch.ldexp(x, torch.tensor(-self.exponent)).floor_().to(torch.int32)
         counts = torch.bincount(index.add_(BINS // 2), minlength=BINS)
@@ -66,7 +86,7 @@ class Histogram:
         self.counts += counts
 
     def merged(self, other: "Histogram") -> "Histogram":
-        """The histogram of the values of both."""
+        """The histogram of the values of both, which lie side by side: the means of the ends are those of the wider one."""
         both = Histogram(self.counts.clone(), self.exponent)
         both._widen(other.exponent)
         second = Histogram(other.counts.clone(), other.exponent)
@@ -74,21 +94,46 @@ class Histogram:
         both.counts += second.counts
         both.zeros = self.zeros + other.zeros
         both.low, both.high = min(self.low, other.low), max(self.high, other.high)
+        (low, high), (other_low, other_high) = self.mean_ends, other.mean_ends
+        both.parts = max(self.parts, other.parts)
+        both.low_sum = min(low, other_low) * both.parts if both.parts else 0.0
+        both.high_sum = max(high, other_high) * both.parts if both.parts else 0.0
         return both
 
-    def points(self, inside: int = 2) -> tuple[Tensor, Tensor]:
-        """Values and how often they occur, each bin taken as ``inside`` evenly spread values between low and high.
+    def magnitudes(self) -> "Histogram":
+        """The histogram of the absolute values."""
+        half = BINS // 2
+        counts = torch.zeros_like(self.counts)
+        counts[half:] = self.counts[half:] + self.counts[:half].flip(0)
+        high = max(abs(self.low), abs(self.high))
+        low = 0.0 if self.low <= 0 <= self.high else min(abs(self.low), abs(self.high))
+        return Histogram(counts, self.exponent, self.zeros, low, high)
 
-        Returns:
-            (values (k,) float64, weights (k,) float64).
+    def quantile(self, share: float) -> float:
+        """The value below which a share of the values lies: right to the width of a bin, and at 0 and 1 exactly.
+
+        Args:
+            share: in [0, 1]; between two values it is interpolated linearly, as numpy does.
         """
-        used = self.counts.nonzero().flatten()
-        offsets = (torch.arange(inside, dtype=torch.float64) + 0.5) / inside
-        values = ((used - BINS // 2)[:, None] + offsets) * 2.0**self.exponent
-        weights = (self.counts[used].double() / inside)[:, None].expand(-1, inside)
-        values = values.flatten().clamp(self.low, self.high)
-        zero = torch.zeros(1, dtype=torch.float64)
-        return torch.cat([values, zero]), torch.cat([weights.flatten(), zero + self.zeros])
+        rank = min(max(share, 0.0), 1.0) * (self.count - 1)
+        below, above = (self._ranked(int(end)) for end in (math.floor(rank), math.ceil(rank)))
+        return below + (above - below) * (rank - math.floor(rank))
+
+    def _ranked(self, rank: int) -> float:
+        """The value that so many are below, with values spread evenly within a bin."""
+        if rank <= 0 or rank >= self.count - 1:
+            return self.low if rank <= 0 else self.high
+        half = BINS // 2
+        # Bins below 0, the zeros, bins above.
+        zeros = self.counts.new_tensor([self.zeros])
+        counts = torch.cat([self.counts[:half], zeros, self.counts[half:]])
+        sums = counts.cumsum(0)
+        place = int(torch.searchsorted(sums, rank, right=True))
+        if place == half:
+            return 0.0
+        inside = (rank - int(sums[place] - counts[place]) + 0.5) / int(counts[place])
+        value = (place - (place > half) - half + inside) * 2.0**self.exponent
+        return min(max(value, self.low), self.high)
 
     def _widen(self, exponent: int) -> None:
         while self.exponent < exponent:

@@ -1,103 +1,149 @@
-"""Ranges to quantize: min–max, or the range of least squared error."""
+"""Ranges of activations to quantize: one rule a function, all from one streaming histogram."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-import torch
-from torch import Tensor
-
-from tinier.tensors.affine import Integers, asymmetric, fake_quantize, symmetric
+from tinier.errors import DataError, InputError
+from tinier.tensors.affine import Integers
+from tinier.tensors.clipping import (
+    Cost,
+    cheapest,
+    cheapest_bound,
+    divergence,
+    squared_error,
+    symmetric_ends,
+)
 from tinier.tensors.histogram import Histogram
 
-# Fractions of the min–max range that the search tries: coarse ones, then fine ones around the best coarse one.
-_COARSE = tuple(1 - step / 20 for step in range(17))
-_FINE = tuple(step / 100 for step in (-4, -3, -2, -1, 1, 2, 3, 4))
+PERCENTILE = 99.99
+# How many shares of a range the searches try first. Squared errors are smooth; the divergence jumps where a bin goes from one
+# integer to the next.
+_SMOOTH, _JAGGED = 32, 400
 
 
-def weight_bounds(weight: Tensor, axis: int | None, integers: Integers, rule: str) -> Tensor:
-    """Largest absolute value that each channel keeps; larger weights are clipped.
-
-    Args:
-        weight: any shape, finite.
-        axis: dimension of the channels; None for one bound for all.
-        integers: what the weights become, symmetric.
-        rule: ``"minmax"``: max |w|. ``"mse"``: the bound b among fractions of it with least Σ (w − ŵ(b))².
-
-    Returns:
-        (channels,) float32, or a scalar when ``axis`` is None.
-
-    Cost:
-        25 passes over the weights for ``"mse"``.
-    """
-    rows = weight.detach().float()
-    rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).flatten(1)
-    most = rows.abs().amax(1)
-    best = most.clone()
-    if rule == "mse":
-        least = torch.full_like(most, float("inf"))
-        for refine in (False, True):
-            centre = best.clone()
-            for fraction in _FINE if refine else _COARSE:
-                bound = (centre + most * fraction).clamp_max(most) if refine else most * fraction
-                scale = symmetric(bound, integers)
-                rounded = fake_quantize(rows, scale, torch.zeros(()), integers, 0)
-                error = (rows - rounded).square().sum(1)
-                best = torch.where(error < least, bound, best)
-                least = torch.minimum(least, error)
-    return best[0] if axis is None else best
-
-
-def activation_range(histogram: Histogram, integers: Integers, rule: str) -> tuple[float, float]:
+def activation_range(
+    histogram: Histogram,
+    integers: Integers,
+    rule: str,
+    *,
+    symmetric: bool = False,
+    percentile: float = PERCENTILE,
+) -> tuple[float, float]:
     """Range of values that activations keep; values outside are clipped.
 
     Args:
-        histogram: of the activations; not empty.
+        histogram: of the activations; not empty, finite.
         integers: what they become.
-        rule: ``"minmax"``: the smallest and the largest value. ``"mse"``: the range with least expected (x − x̂)².
+        rule: a key of ``RULES``.
+        symmetric: the zero point is 0 and the range that of all the integers, which must be negative and positive ones.
+        percentile: in (0, 100], of ``"percentile"``: how much is kept, in %. Half of the rest is clipped at each end, or where the
+            range is symmetric all of it, by |x|.
 
     Returns:
-        (low, high) with low ≤ 0 ≤ high.
+        (low, high) with low ≤ 0 ≤ high, which `affine.asymmetric` makes a scale and a zero point of; (0, 0) where all values are 0.
+
+    Raises:
+        DataError: no value was counted, or one was not finite.
+        InputError: an unknown rule, a percentile outside (0, 100], symmetric integers without a sign.
 
     Cost:
-        About 125 passes over the bins for ``"mse"``.
+        Does not grow with the number of values. O(BINS) for most; 1.5 ms for ``"mse"`` and 8 ms for ``"entropy"`` with 8 bits.
+
+    Source:
+        ``"entropy"``: Migacz 2017, "8-bit Inference with TensorRT". ``"moving_average"``: Jacob et al. 2018, section 3.1.
+
+    Differs:
+        ``"moving_average"`` is the plain mean over the examples, which does not depend on their order as an exponential one does.
     """
-    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    if rule == "minmax" or low == high:
-        return low, high
-    values, weights = histogram.points()
-
-    def error(low: float, high: float) -> float:
-        scale, zero_point = asymmetric(torch.tensor(low), torch.tensor(high), integers)
-        rounded = fake_quantize(values, scale.double(), zero_point, integers)
-        return float((weights * (values - rounded).square()).sum())
-
-    # Both ends together first, then each end by itself, twice.
-    both = _least(lambda f: error(low * f, high * f))
-    ends = [both, both]
-    for _ in range(2):
-        for end in (0, 1):
-            if (low, high)[end] == 0:
-                continue
-
-            def one(fraction: float, end: int = end) -> float:
-                trial = [*ends]
-                trial[end] = fraction
-                return error(low * trial[0], high * trial[1])
-
-            ends[end] = _least(one, ends[end])
-    return low * ends[0], high * ends[1]
+    if rule not in RULES:
+        raise InputError(f"ranges={rule!r}: unknown; there are {', '.join(RULES)}")
+    if not 0 < percentile <= 100:
+        raise InputError(f"percentile={percentile:g}: above 0 and at most 100 is needed")
+    if symmetric and not integers.low < 0 < integers.high:
+        raise InputError(
+            f"symmetric ranges need integers on both sides of 0, not {integers.low} … {integers.high}: Integers.signed(bits)"
+        )
+    if histogram.low > histogram.high:
+        raise DataError("a range of no values: activations of one or more examples are needed")
+    if not histogram.finite:
+        raise DataError("a range to quantize is not finite: the values have NaN or infinity")
+    asked = _Asked(histogram, integers, symmetric, percentile)
+    # Where all values are one, there is nothing to choose.
+    constant = histogram.low == histogram.high
+    low, high = _minmax(asked) if constant else RULES[rule].choose(asked)
+    if not symmetric:
+        return min(low, 0.0), max(high, 0.0)
+    return symmetric_ends(max(-low, high), integers)
 
 
-def _least(error: Callable[[float], float], start: float = 1.0) -> float:
-    """The fraction with the least error; ``start`` where others only equal it."""
-    best, least = start, error(start)
-    for fraction in _COARSE:
-        found = error(fraction)
-        if found < least:
-            best, least = fraction, found
-    centre = best
-    for offset in _FINE:
-        fraction = min(centre + offset, 1.0)
-        found = error(fraction)
-        if found < least:
-            best, least = fraction, found
-    return best
+@dataclass(frozen=True)
+class _Asked:
+    """What a range is chosen by: arguments of `activation_range`."""
+
+    histogram: Histogram
+    integers: Integers
+    symmetric: bool
+    percentile: float
+
+    @property
+    def bound(self) -> float:
+        """The largest absolute value."""
+        return max(-self.histogram.low, self.histogram.high)
+
+
+def _minmax(asked: _Asked) -> tuple[float, float]:
+    return asked.histogram.low, asked.histogram.high
+
+
+def _percentile(asked: _Asked) -> tuple[float, float]:
+    histogram, kept = asked.histogram, asked.percentile / 100
+    if asked.symmetric:
+        bound = histogram.magnitudes().quantile(kept)
+        return (-bound, bound) if bound else _minmax(asked)
+    low, high = histogram.quantile((1 - kept) / 2), histogram.quantile((1 + kept) / 2)
+    # Where nearly all values are 0, nothing is clipped.
+    return (low, high) if low < 0 or high > 0 else _minmax(asked)
+
+
+def _moving_average(asked: _Asked) -> tuple[float, float]:
+    return asked.histogram.mean_ends
+
+
+def _cheapest(
+    cost: Callable[[Histogram, Integers], Cost], tries: int, asked: _Asked
+) -> tuple[float, float]:
+    of = cost(asked.histogram, asked.integers)
+    if asked.symmetric:
+        bound = cheapest_bound(of, asked.bound, asked.integers, tries)
+        return -bound, bound
+    return cheapest(of, min(asked.histogram.low, 0.0), max(asked.histogram.high, 0.0), tries)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to choose a range.
+
+    Attributes:
+        what: the range that it keeps, in one line.
+        choose: (low, high) for a histogram with more than one value.
+    """
+
+    what: str
+    choose: Callable[[_Asked], tuple[float, float]]
+
+
+# Every rule; what errors name and the documentation lists.
+RULES: dict[str, Rule] = {
+    "minmax": Rule("the smallest and the largest value: nothing is clipped", _minmax),
+    "percentile": Rule("all but the outermost 0.01 % of the values", _percentile),
+    "moving_average": Rule("the mean over examples of each one's ends", _moving_average),
+    "mse": Rule(
+        "the range with the least squared error of rounding and clipping",
+        partial(_cheapest, squared_error, _SMOOTH),
+    ),
+    "entropy": Rule(
+        "the range with the least KL divergence from the values",
+        partial(_cheapest, divergence, _JAGGED),
+    ),
+}

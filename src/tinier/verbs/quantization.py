@@ -51,7 +51,7 @@ def quantize(
             to nearest or by "hqq".
         bits: of weights, 2 to 16; to 8 where activations stay float.
         activations: bits of activations; None stores weights as integers and computes in float.
-        ranges: of activations, "minmax" or "mse".
+        ranges: of activations, "minmax", "percentile", "moving_average", "mse" or "entropy".
         weight_ranges: of weights, "minmax", "percentile", "mse" or "importance"; None for what ``ranges`` is.
         group: inputs that share a scale, for weights alone; None for one scale a channel.
         symmetric: whether zero points of weights are 0; None for yes, but no below 8 bits where activations stay float.
