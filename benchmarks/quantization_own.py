@@ -1,0 +1,47 @@
+"""tinier's side of ``quantization.py``: the float file, and one variant of ``tinier.quantize``, each in a process of its own."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from peers import answer, request
+from quantization_tasks import TASKS
+from quantization_tasks.base import arrays
+
+import tinier
+
+
+def main() -> None:
+    asked = request()
+    task = TASKS[asked["task"]]
+    model, inputs = task.model(), task.calibration()
+    example = {name: value[:2] for name, value in inputs.items()}
+    variant: dict[str, Any] = dict(asked["variant"])
+    target = variant.pop("target")
+    before, started = peak(), time.monotonic()
+    if variant.pop("float", False):
+        artifact = tinier.export(model, asked["folder"], example=example, target=target)
+    else:
+        smaller = tinier.quantize(model, example, arrays(inputs), **variant)
+        artifact = tinier.export(smaller, asked["folder"], target=target)
+    seconds = time.monotonic() - started
+    answer(
+        {
+            "runtime": target,
+            "path": str(artifact.files[0]),
+            "size": sum(Path(file).stat().st_size for file in artifact.files),
+            "seconds": seconds,
+            "peak_mb": peak(),
+            "peak_before_mb": before,
+        }
+    )
+
+
+def peak() -> float:
+    """The most memory that this process has had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
