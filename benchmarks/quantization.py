@@ -12,7 +12,6 @@ Rows are kept in the log as they end: a stopped run goes on where it was. The ta
 
 import argparse
 import fnmatch
-import json
 import os
 import re
 import shutil
@@ -25,8 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import RESULTS
 from peers import PeerError, peer_environment, run_peer
-from quantization_peers import NAMES, PACKAGES, VARIANTS
-from quantization_tasks import TASKS
+from quantization_log import Log, Row, Rows
+from quantization_peers import NAMES, PACKAGES, VARIANTS, variants_of
+from quantization_tasks import WHERE
+from quantization_tasks import task as task_of
 from quantization_tasks.base import Task, float_file, work
 from rich.console import Console
 from rich.table import Table
@@ -46,32 +47,14 @@ OURS: dict[str, dict[str, Any]] = {
     "openvino, minmax": {"target": "openvino", "ranges": "minmax"},
 }
 FLOAT = {name: {"target": name, "float": True} for name in ("onnxruntime", "openvino")}
-CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {"float": FLOAT, "tinier": OURS, **VARIANTS}
+CONTESTANTS = ("float", "tinier", *VARIANTS)
 TITLES = {"float": "float", "tinier": "tinier", **NAMES}
 
-Row = dict[str, Any]
-Rows = dict[str, Row]
 
-
-class Log:
-    """Rows by key: of the results and of a file of JSON lines, whose last line of a key counts."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    def rows(self) -> Rows:
-        found: Rows = json.loads(FILE.read_text())["rows"] if FILE.is_file() else {}
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        found.update({row["key"]: row for row in map(json.loads, lines)})
-        return found
-
-    def keep(self, row: Row) -> None:
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        told = {name: row[name] for name in ("error", "valid", "test", "time") if name in row}
-        print(f"{row['key']}: {json.dumps(told)}", flush=True)
-        write(self.rows())
+def variants(task: Task, contestant: str) -> dict[str, dict[str, Any]]:
+    """Settings by name; the first is the contestant's default."""
+    own = {"float": FLOAT, "tinier": OURS}
+    return own.get(contestant) or variants_of(contestant, task.transformer)
 
 
 def folder_of(task: str, contestant: str, variant: str) -> Path:
@@ -90,7 +73,7 @@ def built(task: Task, contestant: str, variant: str, python: Path) -> Row:
     asked = {
         "task": task.name,
         "peer": contestant,
-        "variant": CONTESTANTS[contestant][variant],
+        "variant": variants(task, contestant)[variant],
         "folder": str(folder),
     }
     script = HERE / ("quantization_own.py" if own else "quantization_peers.py")
@@ -124,15 +107,15 @@ def run(
     task: Task, contestant: str, log: Log, python: Path, until: float, again: bool = False
 ) -> None:
     """All variants of one contestant on the validation part; the best and the default on the test part."""
-    for variant in CONTESTANTS[contestant]:
+    for variant in variants(task, contestant):
         key = f"{task.name} | {contestant} | {variant}"
         row = log.rows().get(key)
         if (row is not None and not again) or time.monotonic() > until:
             continue
         row = {"key": key, "task": task.name, "contestant": contestant, "variant": variant}
         row |= built(task, contestant, variant, python)
-        if "error" not in row:
-            figures = evaluated(task, row, "valid", python)
+        if "error" not in row and "valid" not in row:
+            figures = evaluated(task, row, "valid", python)  # for its error, if for nothing else
             row |= {"error": figures["error"]} if "error" in figures else {"valid": figures}
         log.keep(row)
     for row in {id(row): row for row in reported(log.rows(), task, contestant)}.values():
@@ -145,7 +128,7 @@ def run(
 
 def reported(rows: Rows, task: Task, contestant: str) -> list[Row]:
     """The best variant on the validation part, and the default where it ran; of float networks all."""
-    keys = [f"{task.name} | {contestant} | {variant}" for variant in CONTESTANTS[contestant]]
+    keys = [f"{task.name} | {contestant} | {variant}" for variant in variants(task, contestant)]
     good = [rows[key] for key in keys if "valid" in rows.get(key, {}) and "error" not in rows[key]]
     if contestant == "float" or not good:
         return good
@@ -156,7 +139,7 @@ def reported(rows: Rows, task: Task, contestant: str) -> list[Row]:
 def lines(rows: Rows) -> list[Row]:
     """One line for each task and contestant: float, loss, size, cost, of the best variant and the default."""
     found = []
-    for task in TASKS.values():
+    for task in map(task_of, WHERE):
         metric = task.metrics[0]
         base = rows.get(f"{task.name} | float | onnxruntime", {})
         if "test" not in base:
@@ -165,7 +148,7 @@ def lines(rows: Rows) -> list[Row]:
             if contestant == "float":
                 continue
             keys = [
-                f"{task.name} | {contestant} | {variant}" for variant in CONTESTANTS[contestant]
+                f"{task.name} | {contestant} | {variant}" for variant in variants(task, contestant)
             ]
             ran = [rows[key] for key in keys if key in rows]
             if not ran:
@@ -201,18 +184,13 @@ def lines(rows: Rows) -> list[Row]:
     return found
 
 
-def write(rows: Rows) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    own = machine()
-    content = {
-        "machine": {"vnni": own.vnni, "threads": THREADS},
-        "data": {task.name: task.data for task in TASKS.values()},
+def content(rows: Rows) -> dict[str, Any]:
+    """What the result holds beside the rows."""
+    return {
+        "machine": {"vnni": machine().vnni, "threads": THREADS},
+        "data": {task.name: task.data for task in map(task_of, WHERE)},
         "table": lines(rows),
-        "rows": rows,
     }
-    partial = FILE.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(FILE)
 
 
 def show(rows: Rows) -> None:
@@ -264,14 +242,14 @@ def main() -> None:
     given = options.parse_args()
     if given.spam:
         os.environ["TINIER_SPAM"] = str(Path(given.spam).resolve())
-    log, until = Log(given.log), time.monotonic() + 60 * given.minutes
+    log, until = Log(given.log, FILE, content), time.monotonic() + 60 * given.minutes
     pythons: dict[str, Path] = {"float": Path(sys.executable), "tinier": Path(sys.executable)}
     for name in [name for name in given.peers if name in PACKAGES]:
         try:
             pythons[name] = peer_environment(f"quantization-{name}", PACKAGES[name])
         except PeerError as error:
             print(f"NOT RUN: {error}")
-    chosen = [t for t in TASKS.values() if any(fnmatch.fnmatch(t.name, p) for p in given.only)]
+    chosen = [t for t in map(task_of, WHERE) if any(fnmatch.fnmatch(t.name, p) for p in given.only)]
     for task in chosen:
         for contestant in dict.fromkeys(["float", *given.peers]):
             if contestant in pythons:
@@ -282,7 +260,7 @@ def main() -> None:
                 for row in reported(log.rows(), task, contestant)[:1]:
                     if "time" not in row and row["runtime"] != "torch" and contestant != "float":
                         log.keep(row | {"time": timed(task, row, pythons[contestant])})
-    write(log.rows())
+    log.write()
     show(log.rows())
 
 

@@ -7,7 +7,7 @@ from statistics import quantiles
 from typing import Any
 
 from peers import answer, request
-from quantization_tasks import TASKS
+from quantization_tasks import task as task_of
 from quantization_tasks.base import Run, arrays, each, open_artifact
 
 WARM = 5
@@ -17,7 +17,7 @@ SECONDS = 30.0
 
 def latency(asked: dict[str, Any]) -> dict[str, Any]:
     """Both in turn, on the same example at batch 1: the ratios of neighbours are what is reported."""
-    task = TASKS[asked["task"]]
+    task = task_of(asked["task"])
     inputs = {name: value[:1] for name, value in task.calibration().items()}
     row = each(arrays(inputs))[0]
     runs = [
@@ -55,7 +55,7 @@ def main() -> None:
         answer(latency(asked))
         return
     run = open_artifact(asked["runtime"], Path(asked["path"]), 1)
-    answer(json.loads(json.dumps(TASKS[asked["task"]].evaluate(run, asked["part"]))))
+    answer(json.loads(json.dumps(task_of(asked["task"]).evaluate(run, asked["part"]))))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from peers import answer, request
-from quantization_tasks import TASKS
-from quantization_tasks.base import arrays
+from quantization_tasks import task as task_of
+from quantization_tasks.base import arrays, open_artifact
 
 import tinier
 
 
 def main() -> None:
     asked = request()
-    task = TASKS[asked["task"]]
+    task = task_of(asked["task"])
     model, inputs = task.model(), task.calibration()
     example = {name: value[:2] for name, value in inputs.items()}
     variant: dict[str, Any] = dict(asked["variant"])
@@ -26,16 +26,17 @@ def main() -> None:
         smaller = tinier.quantize(model, example, arrays(inputs), **variant)
         artifact = tinier.export(smaller, asked["folder"], target=target)
     seconds = time.monotonic() - started
-    answer(
-        {
-            "runtime": target,
-            "path": str(artifact.files[0]),
-            "size": sum(Path(file).stat().st_size for file in artifact.files),
-            "seconds": seconds,
-            "peak_mb": peak(),
-            "peak_before_mb": before,
-        }
-    )
+    row = {
+        "runtime": target,
+        "path": str(artifact.files[0]),
+        "size": sum(Path(file).stat().st_size for file in artifact.files),
+        "seconds": seconds,
+        "peak_mb": peak(),
+        "peak_before_mb": before,
+    }
+    answer(row)
+    run = open_artifact(target, Path(artifact.files[0]), 1)
+    answer(row | {"valid": task.evaluate(run, "valid")})
 
 
 def peak() -> float:

@@ -3,6 +3,7 @@
 Photographs come from scikit-image and foolbox; a photograph is in one part of the data only: calibration, validation or test.
 """
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,7 +15,6 @@ from architectures import real
 from common import packaged
 from mobilenet_v2 import PHOTOS
 from PIL import Image
-from pruning_quality_tasks import task as trained
 from torch import Tensor, nn
 
 from quantization_tasks.base import PARTS, Arrays, Inputs, Metric, Run, Task, each, reference
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
 @cache
 def garments(part: str) -> tuple[np.ndarray, np.ndarray]:
     """((n, 3, 70, 70) float32, (n,) class numbers) of Fashion-MNIST; "probe" are those that the probe is fitted on."""
-    source = trained("resnet20", None)
+    source = importlib.import_module("pruning_quality_tasks").task("resnet20")
     data, start, count = {
         "calibration": (source.train, 0, 256),
         "probe": (source.train, 1000, 1500),
