@@ -39,14 +39,26 @@ FILE = RESULTS / "quantization.json"
 THREADS = 1  # of a timed artifact
 EVALUATE = 1800.0  # seconds
 
-# tinier's variants: where to, and the keywords of tinier.quantize.
+# tinier's variants: the runtime that the file is exported for, and the keywords of tinier.quantize.
 OURS: dict[str, dict[str, Any]] = {
-    "onnxruntime": {"target": "onnxruntime"},
-    "onnxruntime, minmax": {"target": "onnxruntime", "ranges": "minmax"},
-    "openvino": {"target": "openvino"},
-    "openvino, minmax": {"target": "openvino", "ranges": "minmax"},
+    "ONNX Runtime": {"export": "onnxruntime"},
+    "ONNX Runtime, minmax": {"export": "onnxruntime", "ranges": "minmax"},
+    "ONNX Runtime, error feedback": {"export": "onnxruntime", "rounding": "error_feedback"},
+    "ONNX Runtime, minmax, error feedback": {
+        "export": "onnxruntime",
+        "ranges": "minmax",
+        "weight_ranges": "mse",
+        "rounding": "error_feedback",
+    },
+    "OpenVINO": {"export": "openvino"},
+    "OpenVINO, minmax, error feedback": {
+        "export": "openvino",
+        "ranges": "minmax",
+        "weight_ranges": "mse",
+        "rounding": "error_feedback",
+    },
 }
-FLOAT = {name: {"target": name, "float": True} for name in ("onnxruntime", "openvino")}
+FLOAT = {name: {"export": name, "float": True} for name in ("onnxruntime", "openvino")}
 CONTESTANTS = ("float", "tinier", *VARIANTS)
 TITLES = {"float": "float", "tinier": "tinier", **NAMES}
 

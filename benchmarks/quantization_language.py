@@ -41,8 +41,18 @@ CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {
     "float": {"float": {}},
     # The keywords of tinier.quantize beside bits and group.
     "tinier": {
-        "nearest": {"activations": None, "rounding": "nearest"},
-        "error feedback": {"activations": None, "rounding": "error_feedback"},
+        "RTN": {"weight_ranges": "minmax"},
+        "RTN, mean squared error": {"weight_ranges": "mse"},
+        "RTN, mean squared error, symmetric": {"weight_ranges": "mse", "symmetric": True},
+        "RTN, importance": {"weight_ranges": "importance"},
+        "error feedback": {"weight_ranges": "minmax", "rounding": "error_feedback"},
+        "error feedback, mean squared error": {
+            "weight_ranges": "mse", "rounding": "error_feedback"
+        },
+        "error feedback, importance": {
+            "weight_ranges": "importance", "rounding": "error_feedback"
+        },
+        "HQQ": {"rounding": "hqq"},
     },
     "nncf": {
         "RTN, symmetric": {"symmetric": True},
@@ -83,8 +93,6 @@ TITLES = {"float": "float", "tinier": "tinier", **NAMES}
 
 def zero_points(contestant: str, variant: dict[str, Any]) -> bool:
     """Whether a variant stores zero points."""
-    if contestant == "tinier":
-        return bool(variant.get("zero_points", False))
     symmetric = variant.get("symmetric", variant.get("use_sym", False))
     return not symmetric and variant.get("mapping") != "SYMMETRIC"
 

@@ -103,7 +103,14 @@ def tinier(own: Language, asked: Asked) -> Scores:
     data = {"input_ids": own.calibration.numpy()}
     model = Logits(own.model)
     smaller = code.quantize(
-        model, example, data, bits=asked["bits"], group=asked["group"], **asked["variant"]
+        model,
+        example,
+        data,
+        bits=asked["bits"],
+        activations=None,
+        group=asked["group"],
+        exclude=("*lm_head*", "*embed_tokens*"),
+        **asked["variant"],
     )
     return lambda ids: smaller.model(input_ids=ids)
 

@@ -18,7 +18,7 @@ def main() -> None:
     model, inputs = task.model(), task.calibration()
     example = {name: value[:2] for name, value in inputs.items()}
     variant: dict[str, Any] = dict(asked["variant"])
-    target = variant.pop("target")
+    target = variant.pop("export")
     before, started = peak(), time.monotonic()
     if variant.pop("float", False):
         artifact = tinier.export(model, asked["folder"], example=example, target=target)
