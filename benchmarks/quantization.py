@@ -186,7 +186,7 @@ def lines(rows: Rows) -> list[Row]:
                     "float_bytes": base["size"],
                     "bytes": best["size"],
                     "smaller": base["size"] / best["size"],
-                    "seconds": best["seconds"],
+                    "cpu_seconds": best.get("cpu_seconds"),
                     "peak_mb": best["peak_mb"],
                     "time": best.get("time"),
                 }
@@ -211,7 +211,7 @@ def show(rows: Rows) -> None:
     )
     for column in ("task", "metric", "float", "contestant", "best", "its default", "variant"):
         grid.add_column(column)
-    for column in ("smaller", "faster", "seconds", "MiB"):
+    for column in ("smaller", "faster", "CPU s", "MiB"):
         grid.add_column(column, justify="right")
     for line in lines(rows):
         ran = "quantized" in line
@@ -228,7 +228,7 @@ def show(rows: Rows) -> None:
                 (
                     f"{line['smaller']:.2f}",
                     f"{speed:.2f}" if speed else "",
-                    f"{line['seconds']:.0f}",
+                    f"{line['cpu_seconds'] or 0:.0f}",
                     f"{line['peak_mb']:.0f}",
                 )
                 if ran

@@ -147,7 +147,7 @@ def lines(rows: Rows) -> list[Row]:
                 }
                 if good:
                     best = min(good, key=lambda row: row["valid"])
-                    names = ("variant", "test", "bits_per_weight", "seconds", "peak_mb")
+                    names = ("variant", "test", "bits_per_weight", "cpu_seconds", "peak_mb")
                     line |= {name: best[name] for name in names}
                 found.append(line)
     return found
@@ -157,13 +157,17 @@ def show(rows: Rows) -> None:
     grid = Table(title="perplexity on the test text, weights only")
     for column in ("model", "bits", "group", "contestant", "variant"):
         grid.add_column(column)
-    for column in ("bits a weight", "float", "perplexity", "seconds", "MiB"):
+    for column in ("bits a weight", "float", "perplexity", "CPU s", "MiB"):
         grid.add_column(column, justify="right")
     for line in lines(rows):
         head = (line["model"], str(line["bits"]), str(line["group"]), line["contestant"])
         if "test" in line:
             numbers = (f"{line['bits_per_weight']:.2f}", f"{line['float']:.2f}")
-            numbers += (f"{line['test']:.2f}", f"{line['seconds']:.0f}", f"{line['peak_mb']:.0f}")
+            numbers += (
+                f"{line['test']:.2f}",
+                f"{line['cpu_seconds'] or 0:.0f}",
+                f"{line['peak_mb']:.0f}",
+            )
             grid.add_row(*head, line["variant"], *numbers)
         else:
             grid.add_row(*head, "failed: " + next(iter(line["failed"].values()))[:60])

@@ -12,7 +12,7 @@ from peers import answer, request
 from quantization_language_models import Language, Logits, Scores, language, perplexity
 from torch import Tensor, nn
 
-Asked = dict[str, Any]  # bits, group, variant
+Asked = dict[str, Any]  # bits, group, variant, an empty folder
 
 
 def nncf(own: Language, asked: Asked) -> Scores:
@@ -91,6 +91,8 @@ def inc(own: Language, asked: Asked) -> Scores:
     chosen = config[method](bits=asked["bits"], group_size=asked["group"], **variant)
     chosen.set_local("lm_head", config[method](dtype="fp32"))
     example = own.calibration[:1]
+    own.model.config.name_or_path = asked["folder"]  # where GPTQ looks for the model
+    own.model.save_pretrained(asked["folder"])
     model = code.prepare(own.model, chosen, example_inputs=example)
     if method in ("gptq", "awq"):
         _calibrate(Language(model, own.calibration, own.valid, own.test, ""))
@@ -141,13 +143,15 @@ def main() -> None:
     torch.set_num_threads(1)
     own = language(asked["model"])
     fresh = Language(copy.deepcopy(own.model), own.calibration, own.valid, own.test, own.note)
-    started = time.monotonic()
-    scores = CONTESTANTS[asked["contestant"]](fresh, asked)
-    seconds = time.monotonic() - started
+    started, busy = time.monotonic(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        scores = CONTESTANTS[asked["contestant"]](fresh, {**asked, "folder": folder})
+    seconds, busy = time.monotonic() - started, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with torch.no_grad():
         row = {
             "seconds": seconds,
+            "cpu_seconds": busy,
             "peak_mb": peak,
             "valid": perplexity(scores, own.valid),
             "test": perplexity(scores, own.test),

@@ -275,15 +275,16 @@ def main() -> None:
     rows = arrays(task.calibration())
     build = {"nncf": nncf, "onnxruntime": onnxruntime, "torchao": torchao, "inc": inc}
     ready = build[asked["peer"]](task, rows, asked["variant"], folder)
-    before, started = _peak(), time.monotonic()
+    before, started, busy = _peak(), time.monotonic(), time.process_time()
     runtime, file = ready()
-    seconds = time.monotonic() - started
+    seconds, busy = time.monotonic() - started, time.process_time() - busy
     parts = [part for part in folder.iterdir() if part.is_file()]
     row = {
         "runtime": runtime,
         "path": str(file),
         "size": sum(part.stat().st_size for part in parts),
         "seconds": seconds,
+        "cpu_seconds": busy,
         "peak_mb": _peak(),
         "peak_before_mb": before,
     }
