@@ -80,8 +80,10 @@ CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {
         "RTN": {"method": "rtn", "use_sym": False},
         "RTN, mean squared error": {"method": "rtn", "use_sym": False, "use_mse_search": True},
         "GPTQ": {"method": "gptq", "use_sym": False},
-        "GPTQ, ordered": {
-            "method": "gptq", "use_sym": False, "act_order": True, "static_groups": True
+        "GPTQ, mean squared error": {"method": "gptq", "use_sym": False, "use_mse_search": True},
+        "GPTQ, ordered": {"method": "gptq", "use_sym": False, "act_order": True},
+        "GPTQ, ordered, mean squared error": {
+            "method": "gptq", "use_sym": False, "act_order": True, "use_mse_search": True
         },
         "AWQ": {"method": "awq", "use_sym": False},
         "AWQ, folding": {"method": "awq", "use_sym": False, "folding": True},

@@ -91,7 +91,7 @@ def inc(own: Language, asked: Asked) -> Scores:
     chosen = config[method](bits=asked["bits"], group_size=asked["group"], **variant)
     chosen.set_local("lm_head", config[method](dtype="fp32"))
     example = own.calibration[:1]
-    own.model.config.name_or_path = asked["folder"]  # where GPTQ looks for the model
+    own.model.name_or_path = asked["folder"]  # where GPTQ looks for the model
     own.model.save_pretrained(asked["folder"])
     model = code.prepare(own.model, chosen, example_inputs=example)
     if method in ("gptq", "awq"):

@@ -35,6 +35,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "prettytable==3.16.0",
         "wcwidth==0.2.14",
         "py-cpuinfo==9.0.0",
+        "accelerate==1.15.0",
     ),
 }
 NAMES = {
