@@ -20,10 +20,15 @@ RATE = 16000
 
 @dataclass(frozen=True)
 class Clip:
-    """Samples, float32 in −1 … 1 at 16 kHz, and words in lower case."""
+    """Samples, float32 in −1 … 1 at 16 kHz, and what is said."""
 
     samples: np.ndarray
-    words: tuple[str, ...]
+    text: str
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """In lower case, without marks."""
+        return spoken(self.text)
 
 
 @cache
@@ -36,7 +41,7 @@ def prompts(part: str) -> tuple[Clip, ...]:
         file = PROMPTS / f"{name}.wav"
         if not file.is_file() or not text or re.search(r"[\[\]<>0-9]", text):
             continue
-        clip = Clip(_samples(file), spoken(text))
+        clip = Clip(_samples(file), text)
         if len(clip.words) >= 3 and RATE <= len(clip.samples) <= 8 * RATE:
             found.append(clip)
     return tuple(found[PARTS.index(part) :: 3])
@@ -50,7 +55,7 @@ def sentences() -> tuple[Clip, ...]:
     for line in (LIBRIVOX / "transcription").read_text().splitlines():
         text, _, name = line.rpartition(" (")
         file = LIBRIVOX / f"{name.rstrip(')')}.wav"
-        found.append(Clip(_samples(file), spoken(re.sub(r"</?s>", "", text))))
+        found.append(Clip(_samples(file), re.sub(r"</?s>", "", text).strip()))
     return tuple(found)
 
 
