@@ -144,3 +144,19 @@ def test_every_layer_has_a_time(runtime: str, tmp_path: Path) -> None:
         times = layer_times(target, file, {"input": x[:1].numpy()}, 1)
         assert len(times) == 4
         assert all(ms > 0 for layer, ms in times.items() if layer), times
+
+
+def test_layers_are_restored_until_the_loss_is_small_enough() -> None:
+    model, x = small()
+    whole = tinier.quantize(model, x[:2], x, bits=3, corrections=())
+    half = tinier.quantize(model, x[:2], x, bits=3, restore=0.5, corrections=())
+    kept = {e.tensor for e in whole.plan.edits if isinstance(e, QuantizeWeight)}
+    left = {e.tensor for e in half.plan.edits if isinstance(e, QuantizeWeight)}
+    assert left < kept and left
+    assert any("gives back most" in note for note in half.notes)
+    with torch.no_grad():
+        before, after = (float((q.model(x) - model(x)).square().mean()) for q in (whole, half))
+    assert after <= 0.5001 * before
+    for share in (0.0, 1.0, -1.0):
+        with pytest.raises(InputError, match="share of the loss"):
+            tinier.quantize(model, x[:2], x, restore=share)

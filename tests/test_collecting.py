@@ -101,11 +101,11 @@ def test_every_activation_channel_and_column_is_that_of_one_run(name: str) -> No
         assert histogram.low == pytest.approx(float(x.min()), abs=1e-5)
         assert histogram.high == pytest.approx(float(x.max()), abs=1e-5)
         for axis, ends in found.channels[node].items():
-            fed = x.movedim(axis, 0).flatten(1)
-            assert torch.allclose(ends.low, fed.amin(1), atol=1e-5)
-            assert torch.allclose(ends.high, fed.amax(1), atol=1e-5)
+            flat = x.movedim(axis, 0).flatten(1)
+            assert torch.allclose(ends.low, flat.amin(1), atol=1e-5)
+            assert torch.allclose(ends.high, flat.amax(1), atol=1e-5)
     fed = {node.name: multiplied(node, direct) for node in module.graph.nodes}
-    expected = {name: x.double() for name, x in fed.items() if x is not None}
+    expected = {name: rows.double() for name, rows in fed.items() if rows is not None}
     assert found.columns.keys() == expected.keys()
     for name, x in expected.items():
         columns = found.columns[name]

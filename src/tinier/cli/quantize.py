@@ -67,6 +67,12 @@ def quantize(
             help="cross_layer_equalization, smooth_quant, bias_correction, or none; may be repeated."
         ),
     ] = None,
+    restore: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the output's error that may be left: layers stay float for it."
+        ),
+    ] = None,
     max_size: Annotated[
         str | None,
         typer.Option(
@@ -118,6 +124,7 @@ def quantize(
                 layers=_layers(layer),
                 exclude=exclude or (),
                 corrections=() if correction == ["none"] else correction,
+                restore=restore,
                 max_size=max_size,
                 max_latency=max_latency,
                 choices=choice,

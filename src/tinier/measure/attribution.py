@@ -112,6 +112,16 @@ def attribute(network: Network, plan: Plan, batches: Iterable[Mapping[str, Tenso
     return split.result()
 
 
+def output_loss(network: Network, other: Network, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Mean squared difference of two networks' floating-point outputs, divided by the variance of the first's."""
+    total, examples = 0.0, 0
+    for batch in batches:
+        wanted, count = network(batch), len(next(iter(batch.values())))
+        total += count * _loss(other(batch), wanted, [_variance(value) for value in wanted])
+        examples += count
+    return total / max(examples, 1)
+
+
 class _Split:
     def __init__(
         self, base: Network, simulation: Network, edits: list[Quantize | QuantizeWeight]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tinier.errors import InputError, RefusedError
+from tinier.graph.fold import fold, read
+from tinier.measure.attribution import attribute, output_loss
 from tinier.methods.quantization import Quantization
 from tinier.network import Network
 from tinier.search.bit_allocation import FLOAT, KINDS, allocate, packed_bytes, sensitivities
@@ -130,6 +132,67 @@ class Mixture:
             f"by the profile of {target.name}"
         )
         return replace(method, exclude=(*method.exclude, *left)), (note,)
+
+
+def restored(
+    network: Network,
+    method: Quantization,
+    statistics: Statistics | None,
+    batches: Sequence[dict[str, Tensor]],
+    share: float,
+) -> tuple[Quantization, tuple[str, ...]]:
+    """The method with layers left float until at most a share of the loss is left: those first that give back most for each weight.
+
+    Args:
+        network: the folded float network.
+        method: how the others are quantized.
+        statistics: what it needs.
+        batches: examples; a few dozen are used.
+        share: of the loss of the wholly quantized network, in (0, 1).
+
+    Raises:
+        InputError: a share out of range.
+
+    Cost:
+        An attribution, and a run for each of about log₂ n choices of n layers.
+    """
+    if not 0 < share < 1:
+        raise InputError(f"restore={share!r}: a share of the loss in (0, 1) is needed")
+    few = _few(batches)
+    plan, _ = method.decide(network, statistics)
+    found = attribute(network, plan, few)
+    module = fold(network.traced.module)
+    sizes = {store.name: read(module, store.name) for store in method.stores(network)}
+    names = {name.removesuffix(".weight"): name for name in sizes}
+    rows = [row for row in found.layers if row.layer in names and row.restored > 0]
+    rows.sort(key=lambda row: -row.restored / max(_count(sizes[names[row.layer]]), 1))
+
+    def left(count: int) -> tuple[Quantization, float]:
+        stay = tuple(names[row.layer] for row in rows[:count])
+        trial = replace(method, exclude=(*method.exclude, *stay))
+        if len(stay) >= len(sizes):
+            return trial, 0.0
+        return trial, output_loss(network, trial.decide(network, statistics)[0].apply(network), few)
+
+    low, high = 0, 1
+    while high < len(rows) and left(high)[1] > share * found.total:
+        low, high = high, 2 * high
+    high = min(high, len(rows))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if left(middle)[1] <= share * found.total else (middle, high)
+    trial, loss = left(high)
+    if high >= len(sizes):
+        raise RefusedError(
+            f"restore={share:g}: every layer would stay float; a larger share, or more bits, is needed"
+        )
+    said = ", ".join(row.layer for row in rows[:high])
+    note = f"float, because it gives back most: {said}; {loss / max(found.total, 1e-300):.0%} of the loss is left"
+    return trial, (note,)
+
+
+def _count(weight: Tensor | None) -> int:
+    return 0 if weight is None else weight.numel()
 
 
 def _few(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

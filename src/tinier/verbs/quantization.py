@@ -16,7 +16,7 @@ from tinier.statistics import Statistics, collect, observe
 from tinier.targets.base import targets_for
 from tinier.verbs.calibration import batches_of, calibration
 from tinier.verbs.corrections import NEED_DATA, chosen, corrected, prepared
-from tinier.verbs.mixture import Mixture
+from tinier.verbs.mixture import Mixture, restored
 from tinier.verbs.smaller import Smaller, network_of, since
 
 
@@ -35,6 +35,7 @@ def quantize(
     layers: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
     corrections: Sequence[str] | None = None,
+    restore: float | None = None,
     max_size: float | str | None = None,
     max_latency: float | str | None = None,
     choices: Sequence[int] | None = None,
@@ -60,6 +61,7 @@ def quantize(
         exclude: patterns of modules or parameters that stay float.
         corrections: any of "cross_layer_equalization", "smooth_quant" and "bias_correction"; () for none. None for the last where
             activations are quantized, and none for weights alone.
+        restore: share in (0, 1) of the output's error that may be left: layers stay float, those first that give back most for each weight.
         max_size: bytes, or a text such as "1MB", that the weights may take, packed without gaps: each layer gets bits of its own, so that
             the outputs lose least.
         max_latency: milliseconds, or a text such as "5ms", on ``target`` instead: layers stay float where the time allows it.
@@ -104,7 +106,7 @@ def quantize(
     if target is not None and activations is None:
         raise InputError("target: weights alone are computed in float; there is nothing to measure")
     runtime = targets_for(target)[0] if target else None
-    needed = method.needs or asked.max_size is not None or set(names) & NEED_DATA
+    needed = method.needs or asked.max_size is not None or restore or set(names) & NEED_DATA
     if data is None and (activations is not None or needed):
         raise InputError("quantize needs data: a few hundred examples that ranges are taken from")
     network = network_of(model, example, data)
@@ -122,6 +124,9 @@ def quantize(
         method, said = asked.fast(folded, method, statistics, batches, runtime, cores)
     if asked.max_size is not None:
         method, said = asked.small(folded, method, statistics, batches)
+    if restore is not None:
+        method, kept = restored(folded, method, statistics, batches, restore)
+        said += kept
     plan, notes = method.decide(folded, statistics)
     plan, added = corrected(folded, plan, names, batches)
     notes = (*network.notes, *said, *notes)
