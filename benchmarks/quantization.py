@@ -42,17 +42,19 @@ EVALUATE = 1800.0  # seconds
 # tinier's variants: the runtime that the file is exported for, and the keywords of tinier.quantize.
 OURS: dict[str, dict[str, Any]] = {
     "ONNX Runtime": {"export": "onnxruntime"},
-    "ONNX Runtime, minmax": {"export": "onnxruntime", "ranges": "minmax"},
-    "ONNX Runtime, error feedback": {"export": "onnxruntime", "rounding": "error_feedback"},
+    "OpenVINO": {"export": "openvino"},
+    "ONNX Runtime, error feedback, restored": {
+        "export": "onnxruntime",
+        "rounding": "error_feedback",
+        "restore": 0.3,
+    },
+    "OpenVINO, error feedback, restored": {
+        "export": "openvino",
+        "rounding": "error_feedback",
+        "restore": 0.3,
+    },
     "ONNX Runtime, minmax, error feedback": {
         "export": "onnxruntime",
-        "ranges": "minmax",
-        "weight_ranges": "mse",
-        "rounding": "error_feedback",
-    },
-    "OpenVINO": {"export": "openvino"},
-    "OpenVINO, minmax, error feedback": {
-        "export": "openvino",
         "ranges": "minmax",
         "weight_ranges": "mse",
         "rounding": "error_feedback",
