@@ -106,6 +106,7 @@ def _give_bias(module: fx.GraphModule, edit: Assign, name: str) -> None:
         raise RefusedError(f"{name} has no parameter {edit.tensor}")
     if len(node.args) > 2 and node.args[2] is not None:
         raise RefusedError(f"{edit.reader} has the bias {parameter_of(node.args[2])} already")
+    write(module, edit.tensor, edit.values.tensor)  # the graph warns of names that are not there
     with module.graph.inserting_before(node):
         bias = module.graph.get_attr(edit.tensor)
     bias.meta["val"] = edit.values.tensor

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import floor, prod
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from tinier.statistics import Statistics
 from tinier.statistics.chunks import Batch
 
 MOST = 128  # examples
+POSITIONS = 256  # of each example, that errors are looked at
 STEPS = 4  # of Newton's method, each a pass over a layer's results
 _LARGEST = 2**30  # a bias in units of input scale · weight scale, of 32 bits
 _CORRECTED = "error of the quantized layer made least"
@@ -85,7 +87,7 @@ def correct_biases(
         plan: `Quantize` and `QuantizeWeight` edits, after `Assign` edits if there are some.
         batches: inputs, or pairs of inputs and labels, which are not used.
         norms: whether batch norms that could not be folded get statistics of their quantized input:
-            μ' = μ + (E x̂ − E x), σ'² = σ² · Var x̂ / Var x.
+            σ'² = σ² · Var x̂ / Var x, μ' = E x̂ − (E x − μ) · σ' / σ.
         most: examples that are used.
 
     Returns:
@@ -230,6 +232,7 @@ class _Correction:
                 return None  # not as many rows for each example
             if others:
                 want, got = want + others[index][0], got + others[index][1]
+            want, got = _thinned(want, dim), _thinned(got, dim)
             first = self.first[index].repeat_interleave(len(want) // count)
             for half, inside in ((0, first), (1, ~first)):
                 parts.append((half, want[inside].clamp(*bounds), got[inside]))
@@ -268,7 +271,8 @@ class _Correction:
         (m1, v1), (m2, v2) = _moments(self.float, source), _moments(self.quantized, own)
         if bool((v1 <= 0).any()) or bool((v2 <= 0).any()):
             return
-        fresh = (mean.double() + m2 - m1, variance.double() * v2 / v1)
+        # What lies off the running statistics goes on lying off them by as many deviations.
+        fresh = (m2 - (m1 - mean.double()) * (v2 / v1).sqrt(), variance.double() * v2 / v1)
         for name, value, like in zip(names, fresh, (mean, variance), strict=True):
             values = value.to(like.dtype)
             reason = "statistics of the norm's quantized input"
@@ -319,6 +323,16 @@ class _Behind:
             active[half] += inside.sum(self.rest)
             squares[half] += error.square().sum(self.rest, dtype=torch.float64)
         return total, active, squares
+
+
+def _thinned(value: Tensor, dim: int) -> Tensor:
+    """About ``POSITIONS`` positions of each example, evenly spread: neighbours are alike."""
+    places = [d for d in range(1, value.ndim) if d != dim % value.ndim]
+    total = prod(value.shape[d] for d in places)
+    every = max(floor((total / POSITIONS) ** (1 / max(len(places), 1))), 1)
+    for place in places:
+        value = value[(slice(None),) * place + (slice(None, None, every),)]
+    return value
 
 
 def _moments(walk: Walk, node: fx.Node) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class CrossLayerEqualization(Method):
     Differs:
         Layers with several readers, attention's values, and pooling between them count, too. ReLU6 and other clamps are not replaced:
         only channels that provably never reach the bounds are rescaled. Biases are absorbed by what data show, not by batch norms, and only
-        by layers that do not pad.
+        by layers that do not pad, and not from layers that read the network's inputs.
     """
 
     name: ClassVar[str] = "cross_layer_equalization"
@@ -79,14 +79,14 @@ class CrossLayerEqualization(Method):
             names |= {reader.layer.bias for reader in site.readers if reader.layer.bias}
         old = {name: _value(module, name) for name in sorted(names)}
         new = {name: value.double() for name, value in old.items()}
-        _equalize(pairs, new)
+        moved = _equalize(pairs, new)
         edits = [
             Assign(name, Values(value.float().contiguous()), reason="ranges of channels made equal")
             for name, value in new.items()
             if not torch.equal(value.float(), old[name])
         ]
         if self.absorb and statistics is not None:
-            edits = _absorbed(pairs, new, old, statistics, edits)
+            edits = _absorbed(moved, new, old, statistics, edits)
         return Plan(tuple(edits))
 
 
@@ -96,7 +96,9 @@ def _value(module: fx.GraphModule, name: str) -> Tensor:
     return value.detach()
 
 
-def _equalize(pairs: list[Site], tensors: dict[str, Tensor]) -> None:
+def _equalize(pairs: list[Site], tensors: dict[str, Tensor]) -> dict[Site, Tensor]:
+    """By what each pair's channels were divided in all, (size,) float64."""
+    moved = {site: torch.ones(site.size, dtype=torch.float64) for site in pairs}
     for _ in range(MOST):
         most = 0.0
         for site in pairs:
@@ -105,21 +107,23 @@ def _equalize(pairs: list[Site], tensors: dict[str, Tensor]) -> None:
             factors = torch.where(alive, (made / used).sqrt(), 1.0)
             factors = site.allowed(tensors, factors)
             site.rescale(tensors, factors)
+            moved[site] *= factors
             most = max(most, float(factors.log().abs().max()))
         if most < DONE:
-            return
+            break
+    return moved
 
 
 def _absorbed(
-    pairs: list[Site],
+    moved: dict[Site, Tensor],
     tensors: dict[str, Tensor],
     old: dict[str, Tensor],
     statistics: Statistics,
     edits: list[Assign],
 ) -> list[Assign]:
-    """The edits with biases moved on. The statistics are of the network before equalization, whose results are s times as large."""
+    """The edits with biases moved on. The statistics are of the network before equalization."""
     changed = {edit.tensor: edit for edit in edits}
-    for site in pairs:
+    for site, factors in moved.items():
         layer = site.layer
         if layer is None or layer.bias is None or not site.plain or site.clamp is not None:
             continue
@@ -133,10 +137,8 @@ def _absorbed(
         before = layer.matrix(old[layer.weight].double())  # (g, m, n)
         mean = gram.total / gram.rows
         covariance = gram.products / gram.rows - mean[..., :, None] * mean[..., None, :]
-        size = site.made({site.name: old[layer.weight].double()})
-        scale = torch.where(size > 0, site.made(tensors) / size, 1.0)
-        z = ((before @ mean[..., None])[..., 0].flatten() + old[layer.bias].double()) * scale
-        spread = ((before @ covariance) * before).sum(2).flatten().clamp_min(0).sqrt() * scale
+        z = ((before @ mean[..., None])[..., 0].flatten() + old[layer.bias].double()) / factors
+        spread = ((before @ covariance) * before).sum(2).flatten().clamp_min(0).sqrt() / factors
         part = (z - 3 * spread).clamp_min(0)
         if not bool((part > 0).any()):
             continue

@@ -64,7 +64,7 @@ def samples_of(
     return examples(network, statistics.samples, most)
 
 
-def spread(batches: Sequence[Batch], most: int) -> list[Batch]:
+def spread(batches: Sequence[Batch], most: int) -> list[dict[str, Tensor]]:
     """At most so many examples, evenly from all batches.
 
     Args:
@@ -73,7 +73,7 @@ def spread(batches: Sequence[Batch], most: int) -> list[Batch]:
     """
     sizes = [len(next(iter(_inputs(batch).values()))) for batch in batches]
     every = max(-(-sum(sizes) // most), 1)
-    start, result = 0, list[Batch]()
+    start, result = 0, list[dict[str, Tensor]]()
     for batch, size in zip(batches, sizes, strict=True):
         chosen = slice(-start % every, None, every)
         start += size

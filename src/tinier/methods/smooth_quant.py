@@ -46,8 +46,9 @@ class SmoothQuant(Method):
         activations: bits of activations.
         ranges: of activations, "minmax" or "mse".
         weight_ranges: "minmax", "percentile" or "mse"; None for what ``ranges`` is.
+        per_tensor: one scale for all channels of a weight.
         alphas: strengths that are tried, each in (0, 1).
-        least_gain: part of a place's error that must go away, else it is left as it is.
+        least_gain: part of a place's squared error that must go away, else it is left as it is.
         exclude: weights that stay float: places that only such layers read are left as they are.
 
     Source:
@@ -64,8 +65,9 @@ class SmoothQuant(Method):
     activations: int = 8
     ranges: str = "mse"
     weight_ranges: str | None = None
+    per_tensor: bool = False
     alphas: tuple[float, ...] = ALPHAS
-    least_gain: float = 0.05
+    least_gain: float = 0.15
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -242,7 +244,9 @@ class _Trial:
         axis = {"matmul": 1, "transposed": 1}.get(layer.kind, 0)
         matrix = as_matrix(weight, axis)
         rule = self.method.weight_ranges or self.method.ranges
-        grid = choose(matrix, Scheme(self.method.bits).integers, rule=rule)
+        grid = choose(
+            matrix, Scheme(self.method.bits).integers, rule=rule, per_tensor=self.method.per_tensor
+        )
         return from_matrix(grid.nearest(matrix), weight, axis)
 
 

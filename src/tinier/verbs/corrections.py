@@ -1,0 +1,121 @@
+"""Corrections around quantization: which there are, and the folded network and plan with those that were asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tinier.edits.assign import Fold
+from tinier.edits.base import Plan
+from tinier.errors import InputError
+from tinier.methods.bias_correction import BiasCorrection, correct_biases_noted
+from tinier.methods.cross_layer_equalization import CrossLayerEqualization
+from tinier.methods.quantization import Quantization
+from tinier.methods.sampled import spread
+from tinier.methods.smooth_quant import MOST, SmoothQuant
+from tinier.network import Network
+from tinier.statistics import Statistics
+
+CORRECTIONS = (CrossLayerEqualization.name, SmoothQuant.name, BiasCorrection.name)
+NEED_DATA = frozenset({SmoothQuant.name, BiasCorrection.name})
+
+
+def chosen(corrections: Sequence[str] | None, method: Quantization) -> tuple[str, ...]:
+    """The corrections to make, in the order in which they are made.
+
+    Args:
+        corrections: names; None for what measured best: smoothing and bias correction where activations are quantized, none for
+            weights alone.
+        method: the quantization.
+
+    Raises:
+        InputError: an unknown name, or smoothing of activations that stay float.
+    """
+    if corrections is None:
+        default = (SmoothQuant.name, BiasCorrection.name)
+        return default if method.activations is not None else ()
+    names = (corrections,) if isinstance(corrections, str) else tuple(corrections)
+    for name in names:
+        if name not in CORRECTIONS:
+            raise InputError(
+                f"corrections: {name!r} is unknown; there are {', '.join(CORRECTIONS)}"
+            )
+    if SmoothQuant.name in names and method.activations is None:
+        raise InputError(
+            f"corrections: {SmoothQuant.name} is for activations that are quantized; they stay float here"
+        )
+    return tuple(name for name in CORRECTIONS if name in names)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network before its quantization.
+
+    Attributes:
+        network: folded, with new weights.
+        plan: what makes it of the original.
+        notes: what there is to say.
+    """
+
+    network: Network
+    plan: Plan
+    notes: tuple[str, ...] = ()
+
+
+def prepared(
+    network: Network,
+    names: Sequence[str],
+    method: Quantization,
+    batches: Sequence[dict[str, Tensor]],
+) -> Prepared:
+    """The folded network with equalized ranges and smoothed outliers.
+
+    Args:
+        network: the original; left as it is.
+        names: from ``chosen``.
+        method: the quantization that comes then.
+        batches: inputs; needed for smoothing.
+    """
+    plan = Plan((Fold(),))
+    folded = plan.apply(network)
+    notes: tuple[str, ...] = ()
+    if CrossLayerEqualization.name in names:
+        edits = CrossLayerEqualization().plan(folded)
+        if edits.edits:
+            plan += edits
+            folded = plan.apply(network)
+        else:
+            notes += ("no two layers follow each other so that their ranges can be made equal",)
+    if SmoothQuant.name in names and method.activations is not None:
+        rule = method.weight_ranges if method.weight_ranges != "importance" else "mse"
+        smooth = SmoothQuant(
+            bits=min(method.bits, 16),
+            activations=method.activations,
+            ranges=method.ranges,
+            weight_ranges=rule,
+            per_tensor=method.per_tensor,
+            exclude=tuple(n for n, _ in folded.module.named_parameters() if not method.bits_of(n)),
+        )
+        data = Statistics({}, 0, samples=tuple(spread(batches, MOST)))
+        edits, said = smooth.decide(folded, data)
+        notes += said
+        if edits.edits:
+            plan += edits
+            folded = plan.apply(network)
+    return Prepared(folded, plan, notes)
+
+
+def corrected(
+    folded: Network, plan: Plan, names: Sequence[str], batches: Sequence[dict[str, Tensor]]
+) -> tuple[Plan, tuple[str, ...]]:
+    """A quantization with its biases put right, where that was asked for, and what there is to say.
+
+    Args:
+        folded: the float network that ``plan`` is for.
+        plan: the quantization.
+        names: from ``chosen``.
+        batches: inputs.
+    """
+    if BiasCorrection.name not in names:
+        return plan, ()
+    return correct_biases_noted(folded, plan, spread(batches, BiasCorrection().most))
