@@ -120,7 +120,7 @@ def _corrected(
     correction = _Correction(fold(base.traced.module), _module(rest, base), rest, data, norms)
     correction.run()
     if not correction.edits:
-        return plan, tuple(correction.notes)
+        return plan, correction.notes
     corrections = Plan(tuple(correction.edits))
     expected = outputs_of(fold(base.traced.module), data)
     was = relative_error(_module(rest, base), expected, data)
@@ -128,7 +128,7 @@ def _corrected(
     if not now < was:
         note = f"bias correction left out: the error of the outputs would be {now:.3g}, it is {was:.3g}"
         return plan, (note,)
-    return before + corrections + rest, tuple(correction.notes)
+    return before + corrections + rest, correction.notes
 
 
 def _module(plan: Plan, folded: Network) -> fx.GraphModule:
@@ -158,8 +158,18 @@ class _Correction:
             if isinstance(edit, QuantizeWeight)
         }
         self.edits: list[Assign] = []
-        self.notes: list[str] = []
+        self.left: list[str] = []
         self.first = [torch.arange(len(batch[0])) % 2 == 0 for batch in data]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which layers keep their biases."""
+        if not self.left:
+            return ()
+        more = f" and {len(self.left) - 5} others" if len(self.left) > 5 else ""
+        return (
+            f"biases left as they are, no channel gets better: {', '.join(self.left[:5])}{more}",
+        )
 
     def run(self) -> None:
         """Go through all layers."""
@@ -188,7 +198,7 @@ class _Correction:
         shift = self._within(layer, self._old(layer, len(shift)), shift)
         if not bool(shift.any()):
             if tried:
-                self.notes.append(f"{layer.weight}: bias left as it is: no channel gets better")
+                self.left.append(layer.weight)
             return
         values_of = Values((self._old(layer, len(shift)) + shift).float().contiguous())
         reader = "" if layer.bias else layer.weight
