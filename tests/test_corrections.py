@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tinier
 from tinier.edits.assign import Assign, Fold
 from tinier.edits.base import Plan, Values
 from tinier.edits.quantize import QuantizeWeight
@@ -452,6 +453,42 @@ def _until(module: nn.Module, name: str) -> torch.fx.GraphModule:
             graph.output((known[node],))
             return torch.fx.GraphModule(module, graph)
     raise AssertionError(name)
+
+
+# The verb
+
+
+def test_quantize_corrects_by_default_and_its_plan_reproduces_it() -> None:
+    net = made(Chain, 3, 8, 8)
+    batches = data(3, 8, 8)
+    x = torch.cat([batch["x"] for batch in batches])
+    plain = tinier.quantize(net, data={"x": x}, bits=4, corrections=())
+    assert not any(isinstance(edit, Assign) for edit in plain.plan.edits)
+    better = tinier.quantize(net, data={"x": x}, bits=4)
+    assert any(isinstance(edit, Assign) for edit in better.plan.edits)
+    unseen = data(3, 8, 8, seed=8)
+    assert error(net, better.network, unseen) < error(net, plain.network, unseen)
+    asked = ("bias_correction", "cross_layer_equalization")
+    other = tinier.quantize(net, data={"x": x}, bits=4, corrections=asked)
+    assert error(net, other.network, unseen) < error(net, plain.network, unseen)
+    for found in (better, other):
+        again = Plan.from_json(found.plan.to_json()).apply(net)
+        for batch in unseen:
+            assert torch.equal(again(batch)[0], found.network(batch)[0])
+    alone = tinier.quantize(net, bits=4, activations=None)
+    assert not any(isinstance(edit, Assign) for edit in alone.plan.edits)
+
+
+def test_corrections_that_cannot_be_made_are_refused() -> None:
+    net, x = made(Chain, 3, 8, 8), data(3, 8, 8)[0]["x"]
+    with pytest.raises(InputError, match="'equal' is unknown; there are cross_layer_equalization"):
+        tinier.quantize(net, data={"x": x}, corrections=("equal",))
+    with pytest.raises(InputError, match="stay float"):
+        tinier.quantize(net, data={"x": x}, activations=None, corrections="smooth_quant")
+    with pytest.raises(InputError, match="needs data"):
+        tinier.quantize(net, activations=None, corrections=["bias_correction"])
+    same_scales = tinier.quantize(net, activations=None, corrections=["cross_layer_equalization"])
+    assert any(isinstance(edit, Assign) for edit in same_scales.plan.edits)
 
 
 def test_examples_are_spread_over_all_batches() -> None:

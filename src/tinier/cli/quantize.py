@@ -61,6 +61,12 @@ def quantize(
         list[str] | None,
         typer.Option(help="Module or parameter that stays float, * for any; may be repeated."),
     ] = None,
+    correction: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="cross_layer_equalization, smooth_quant, bias_correction, or none; may be repeated."
+        ),
+    ] = None,
     max_size: Annotated[
         str | None,
         typer.Option(
@@ -111,6 +117,7 @@ def quantize(
                 rounding=rounding,
                 layers=_layers(layer),
                 exclude=exclude or (),
+                corrections=() if correction == ["none"] else correction,
                 max_size=max_size,
                 max_latency=max_latency,
                 choices=choice,

@@ -97,7 +97,8 @@ def correct_biases(
         DataError: there are no examples.
 
     Cost:
-        Two runs of both networks; the values that are alive inside them for all examples together.
+        Two runs of the quantized network, one of the float one, and passes over a sample of each layer's results; the values that are alive
+        inside both for all examples together.
     """
     return _corrected(folded, plan, examples(folded, batches, most), norms)[0]
 
@@ -121,14 +122,12 @@ def _corrected(
     correction.run()
     if not correction.edits:
         return plan, correction.notes
-    corrections = Plan(tuple(correction.edits))
-    expected = outputs_of(fold(base.traced.module), data)
-    was = relative_error(_module(rest, base), expected, data)
-    now = relative_error(_module(corrections + rest, base), expected, data)
+    was = relative_error(correction.float.outputs, outputs_of(_module(rest, base), data))
+    now = relative_error(correction.float.outputs, correction.quantized.outputs)
     if not now < was:
         note = f"bias correction left out: the error of the outputs would be {now:.3g}, it is {was:.3g}"
         return plan, (note,)
-    return before + corrections + rest, correction.notes
+    return before + Plan(tuple(correction.edits)) + rest, correction.notes
 
 
 def _module(plan: Plan, folded: Network) -> fx.GraphModule:
@@ -183,6 +182,8 @@ class _Correction:
                 self.float.to(node.name)
                 self.float.step()
                 self._layer(layer, node)
+        while self.float.next() is not None:
+            self.float.step()
 
     def _layer(self, layer: Layer, node: fx.Node) -> None:
         dim = 1 if layer.kind in ("convolution", "transposed") else -1

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from tinier.errors import DataError, InputError
 from tinier.graph.rules.base import hint
-from tinier.graph.walk import outputs_of
 from tinier.network import Network
 from tinier.statistics import Statistics
 from tinier.statistics.chunks import Batch, chunks
@@ -88,19 +87,16 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def relative_error(
-    module: fx.GraphModule,
-    expected: Sequence[Sequence[Tensor]],
-    batches: Sequence[Sequence[Tensor]],
+    expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Tensor]]
 ) -> float:
-    """√(Σ (y − ŷ)² / Σ y²) over all float outputs of a graph.
+    """√(Σ (y − ŷ)² / Σ y²) over all float outputs, where y is finite.
 
     Args:
-        module: gives ŷ.
         expected: y, the outputs for each batch.
-        batches: inputs.
+        found: ŷ, of the same shapes.
     """
     error = total = 0.0
-    for want, got in zip(expected, outputs_of(module, batches), strict=True):
+    for want, got in zip(expected, found, strict=True):
         for y, z in zip(want, got, strict=True):
             if y.is_floating_point():
                 fine = torch.isfinite(y)
