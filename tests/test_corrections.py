@@ -15,6 +15,7 @@ from tinier.graph.rescale import sites
 from tinier.graph.walk import outputs_of
 from tinier.methods.bias_correction import BiasCorrection, correct_biases
 from tinier.methods.cross_layer_equalization import CrossLayerEqualization
+from tinier.methods.norm_statistics import reestimate_norms
 from tinier.methods.quantization import Quantization
 from tinier.methods.sampled import spread
 from tinier.methods.smooth_quant import SmoothQuant
@@ -453,6 +454,23 @@ def _until(module: nn.Module, name: str) -> torch.fx.GraphModule:
             graph.output((known[node],))
             return torch.fx.GraphModule(module, graph)
     raise AssertionError(name)
+
+
+def test_norms_are_estimated_again_each_behind_those_before_it() -> None:
+    torch.manual_seed(0)
+    first, second = nn.BatchNorm2d(4), nn.BatchNorm2d(5)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), first, nn.ReLU(), nn.Conv2d(4, 5, 3), second)
+    net = network(module, 3, 8, 8)
+    batches = [{"input": batch["x"]} for batch in data(3, 8, 8)]
+    found = reestimate_norms(net, batches).module
+    assert torch.equal(first.get_buffer("running_mean"), torch.zeros(4))  # left as it is
+    x = torch.cat([batch["input"] for batch in batches])
+    with torch.no_grad():
+        for index in (1, 4):
+            y = found[:index](x)  # type: ignore[index, operator]
+            mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3))
+            assert torch.allclose(found.get_buffer(f"{index}.running_mean"), mean, atol=1e-5)
+            assert torch.allclose(found.get_buffer(f"{index}.running_var"), variance, rtol=1e-5)
 
 
 # The verb

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import floor, prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +17,7 @@ from tinier.graph.placement import clamp_bounds
 from tinier.graph.rules import operator_name
 from tinier.graph.walk import Walk, outputs_of
 from tinier.methods.base import Method
+from tinier.methods.norm_statistics import moments
 from tinier.methods.sampled import examples, relative_error, samples_of
 from tinier.network import Network
 from tinier.statistics import Statistics
@@ -279,9 +280,11 @@ class _Correction:
         self.float.to(twin.name)
         if not isinstance(source, fx.Node) or not isinstance(own, fx.Node):
             return
-        (m1, v1), (m2, v2) = _moments(self.float, source), _moments(self.quantized, own)
-        if bool((v1 <= 0).any()) or bool((v2 <= 0).any()):
+        was = moments([one[source] for one in self.float.values])
+        now = moments([one[own] for one in self.quantized.values])
+        if was is None or now is None:
             return
+        (_, m1, v1), (_, m2, v2) = was, now
         # What lies off the running statistics goes on lying off them by as many deviations.
         fresh = (m2 - (m1 - mean.double()) * (v2 / v1).sqrt(), variance.double() * v2 / v1)
         for name, value, like in zip(names, fresh, (mean, variance), strict=True):
@@ -344,16 +347,6 @@ def _thinned(value: Tensor, dim: int) -> Tensor:
     for place in places:
         value = value[(slice(None),) * place + (slice(None, None, every),)]
     return value
-
-
-def _moments(walk: Walk, node: fx.Node) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, (C,) float64."""
-    values: list[Any] = [one[node] for one in walk.values]
-    rows = sum(v.numel() // v.shape[1] for v in values)
-    flat = [v.double().movedim(1, 0).flatten(1) for v in values]
-    mean = torch.stack([v.sum(1) for v in flat]).sum(0) / rows
-    squares = torch.stack([(v - mean[:, None]).square().sum(1) for v in flat]).sum(0)
-    return mean, squares / rows
 
 
 def _reader_count(module: fx.GraphModule) -> dict[str, int]:
