@@ -24,16 +24,14 @@ def chosen(corrections: Sequence[str] | None, method: Quantization) -> tuple[str
     """The corrections to make, in the order in which they are made.
 
     Args:
-        corrections: names; None for what measured best: smoothing and bias correction where activations are quantized, none for
-            weights alone.
+        corrections: names; None for what measured best: bias correction where activations are quantized, none for weights alone.
         method: the quantization.
 
     Raises:
         InputError: an unknown name, or smoothing of activations that stay float.
     """
     if corrections is None:
-        default = (SmoothQuant.name, BiasCorrection.name)
-        return default if method.activations is not None else ()
+        return (BiasCorrection.name,) if method.activations is not None else ()
     names = (corrections,) if isinstance(corrections, str) else tuple(corrections)
     for name in names:
         if name not in CORRECTIONS:
