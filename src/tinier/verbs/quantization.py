@@ -58,8 +58,8 @@ def quantize(
         rounding: "nearest", "error_feedback" or "hqq".
         layers: module or parameter pattern → bits of its weights, 0 for float.
         exclude: patterns of modules or parameters that stay float.
-        corrections: any of "cross_layer_equalization", "smooth_quant" and "bias_correction"; () for none. None for the last where activations
-            are quantized, and none for weights alone.
+        corrections: any of "cross_layer_equalization", "smooth_quant" and "bias_correction"; () for none. None for the last where
+            activations are quantized, and none for weights alone.
         max_size: bytes, or a text such as "1MB", that the weights may take, packed without gaps: each layer gets bits of its own, so that
             the outputs lose least.
         max_latency: milliseconds, or a text such as "5ms", on ``target`` instead: layers stay float where the time allows it.
