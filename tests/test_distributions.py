@@ -204,6 +204,7 @@ def test_the_page_loads_nothing_and_escapes_names(tmp_path: Path) -> None:
     outside = Outside()
     outside.feed(page)
     assert outside.found == []
+    assert "fc1.<wbr>weight" in page and "alert(1)" in page
     assert "default-src 'none'; script-src 'none'" in page
     with pytest.raises(OutputError, match="name a file in a folder that exists"):
         found.write_distributions(tmp_path / "missing" / "page.html")

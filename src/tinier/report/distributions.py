@@ -205,7 +205,9 @@ def _key() -> str:
 def _figure(one: Described) -> str:
     cells, values = _cells(one), one.values
     many = values is None or values.bits is None
-    head = f'<h3>{escaped(one.name)}</h3><p class="what">{escaped(one.what)} · {cells["shape"]}</p>'
+    head = (
+        f'<h3>{_breakable(one.name)}</h3><p class="what">{escaped(one.what)} · {cells["shape"]}</p>'
+    )
     if values is None:
         return f'<figure class="{one.kind} many">{head}<p class="bits"><b>NaN or infinity</b></p></figure>'
     said = "more than 8 bits" if values.bits is None else f"{values.bits} bits"
@@ -227,6 +229,11 @@ def _figure(one: Described) -> str:
         f"{_drawing(values)}"
         f'<p class="bits"><b>{said}</b> for less than 1 % of noise</p><dl class="facts">{facts}</dl></figure>'
     )
+
+
+def _breakable(name: str) -> str:
+    """A name that is broken behind dots and underscores only, as long as its parts fit."""
+    return escaped(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _drawing(values: Distribution) -> str:
