@@ -1,21 +1,31 @@
 """What a network consists of, what could leave it, and what cannot and why."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from tinier.data.base import Examples
+from tinier.data.check import runs
+from tinier.data.read import read
 from tinier.edits.slice import Slice
-from tinier.errors import RefusedError
+from tinier.errors import InputError, OutputError, RefusedError
 from tinier.graph.axes import Atom
 from tinier.graph.groups import Channels, channel_groups
 from tinier.graph.macs import Row, describe
 from tinier.methods.channel_pruning import ChannelPruning
 from tinier.network import Example, Network
+from tinier.report.distributions import distribution_tables, distributions_html, legend
 from tinier.report.words import bar
 from tinier.sources.load import load_for
+from tinier.statistics.distributions import Described, describe_activations, describe_weights
+
+BATCH = 64
+MOST = 512  # examples that activations are looked at on
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class Inspection:
         keep: the share of the MACs at which bars show what would be left.
         widths: group → how many channels would be left there.
         refusal: why that share cannot be reached; empty if it can.
+        distributions: of every weight, and of every activation where there were data; empty unless they were asked for.
+        examples: how many examples the activations are of.
     """
 
     name: str
@@ -39,6 +51,8 @@ class Inspection:
     keep: float = 0.5
     widths: Mapping[str, int] = field(default_factory=dict)
     refusal: str = ""
+    distributions: tuple[Described, ...] = ()
+    examples: int = 0
 
     @property
     def parameters(self) -> int:
@@ -77,7 +91,49 @@ class Inspection:
                 }
                 for pinned in self.channels.pins
             ],
+            **self._distributions(),
         }
+
+    def _distributions(self) -> dict[str, Any]:
+        if not self.distributions:
+            return {}
+        return {
+            "examples": self.examples,
+            "distributions": [
+                asdict(one)
+                | {"decibels": {b: _finite(one.values.decibels(b)) for b in one.values.noise}}
+                if one.values
+                else asdict(one)
+                for one in self.distributions
+            ],
+        }
+
+    def show_distributions(self, console: Console) -> None:
+        """Print a line for each weight and each activation; columns that do not fit the console are left out."""
+        for table in distribution_tables(self.distributions, console.width):
+            console.print(table)
+        console.print(legend(), style="dim", soft_wrap=True)
+
+    def write_distributions(self, path: str | Path) -> None:
+        """Write an HTML file with a histogram of each weight and each activation; it needs no network.
+
+        Args:
+            path: of the file; one that exists is replaced.
+
+        Raises:
+            InputError: the distributions were not asked for.
+            OutputError: it cannot be written there.
+        """
+        if not self.distributions:
+            raise InputError("no distributions to write: inspect(…, distributions=True)")
+        try:
+            Path(path).write_text(
+                distributions_html(self.name, self.distributions, self.examples), encoding="utf-8"
+            )
+        except OSError as error:
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror}; name a file in a folder that exists"
+            ) from error
 
     def show(self, console: Console) -> None:
         """Print three tables: layers, channel groups, pins."""
@@ -116,6 +172,8 @@ class Inspection:
             )
             pins.add_row(f"{pinned.parameter}[{pinned.dim}]", str(pinned.size), reasons)
         console.print(pins)
+        if self.distributions:
+            self.show_distributions(console)
 
     def __str__(self) -> str:
         console = Console(width=140, no_color=True)
@@ -125,21 +183,30 @@ class Inspection:
 
 
 def inspect(
-    model: Any, example: Example | None = None, *, data: Any = None, keep: float = 0.5
+    model: Any,
+    example: Example | None = None,
+    *,
+    data: Any = None,
+    keep: float = 0.5,
+    distributions: bool = False,
 ) -> Inspection:
     """Look at a network without changing it.
 
     Args:
         model: an ``nn.Module``, the path of an ONNX file or of a Hugging Face directory.
         example: example inputs, for modules and for files that leave sizes open.
-        data: where the example inputs come from if there is no example.
+        data: where the example inputs come from if there is no example; with ``distributions`` at most 512 examples are run.
         keep: share of the MACs for the bars that show what pruning by magnitude would leave.
+        distributions: look at the values of every weight, and with data of every activation, too.
 
     Raises:
         ModelError: it cannot be read, run or traced.
+        DataError: with ``distributions``, the data do not fit the network.
+        RefusedError: with ``distributions``, the network has no values.
 
     Cost:
-        One trace and one analysis of its axes; milliseconds a hundred operators.
+        One trace and one analysis of its axes; milliseconds a hundred operators. With ``distributions`` a dozen passes over the weights,
+        and a run of the network over the data.
     """
     network = model if isinstance(model, Network) else load_for(model, example, data)
     channels = channel_groups(network.traced)
@@ -155,6 +222,7 @@ def inspect(
         refusal, widths = str(error), {}
     for group in channels.groups:
         sizes[group.atom] = widths.get(group.name, group.size)
+    described, examples = _described(network, data) if distributions else ((), 0)
     return Inspection(
         network.name,
         describe(network.traced, channels, sizes),
@@ -163,7 +231,31 @@ def inspect(
         keep,
         widths,
         refusal,
+        described,
+        examples,
     )
+
+
+def _described(network: Network, data: Any) -> tuple[tuple[Described, ...], int]:
+    """Distributions of weights and, with data, of activations, and over how many examples."""
+    network.need_values("show distributions of")
+    weights = describe_weights(network)
+    if data is None:
+        return tuple(weights), 0
+    examples = data
+    if not isinstance(data, Examples):
+        examples = read(data, network.example, tokenizer_folder=network.folder)
+    size = BATCH if network.traced.batched else len(next(iter(network.example.values())))
+    count = min(len(examples), MOST)
+    count -= 0 if network.traced.batched else count % size
+    runs(examples, network)
+    # Spread over the data, which may be sorted by class.
+    chosen = examples.subset([i * len(examples) // count for i in range(count)])
+    return (*weights, *describe_activations(network, chosen.batches(size))), count
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _table(*heads: str) -> Table:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinier.cli.app import DOES_NOT_HOLD, Batch, Json, Threads, app, guarded, print_json
+from tinier.inspect import Inspection
 from tinier.inspect import inspect as run_inspect
 from tinier.measure.files import MeasuredFile, measure_files
 from tinier.measure.machine import machine
@@ -27,19 +28,40 @@ def inspect(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Data to take example inputs from, where the model does not say what it takes."
+            help="Data to take example inputs from, where the model does not say what it takes; for --distributions to run."
         ),
     ] = None,
     keep: Annotated[
         float,
         typer.Option(help="Share of the MACs for the bars that show what pruning would leave."),
     ] = 0.5,
+    distributions: Annotated[
+        bool,
+        typer.Option(
+            "--distributions",
+            help="Show how the values of every weight, and with --data of every activation, are distributed.",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="HTML file for the distributions, with a histogram each."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show layers, parameters, MACs, channel groups, what pruning would leave, and what is pinned and why."""
-    report = guarded(lambda bars: run_inspect(model, data=data, keep=keep))
+    distributions = distributions or out is not None
+
+    def work(bars: Bars) -> Inspection:
+        found = run_inspect(model, data=data, keep=keep, distributions=distributions)
+        if out is not None:
+            found.write_distributions(out)
+        return found
+
+    report = guarded(work)
     if as_json:
         print_json(report.as_dict())
+    elif distributions:
+        report.show_distributions(Console())
     else:
         report.show(Console())
 

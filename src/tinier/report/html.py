@@ -1,16 +1,14 @@
 """A result as one HTML file that needs nothing but a browser: no network, no other files."""
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from tinier.report import words
 from tinier.report.chart import Drawing, chart, colours, interval
 from tinier.report.made import made
+from tinier.report.page import asset, page
 from tinier.report.rows import Claim, claim, faster, in_torch, rows, smaller, summary
 from tinier.report.terminal import ordered
 from tinier.report.words import escaped
@@ -30,10 +28,8 @@ def html(result: Result) -> str:
     Returns:
         A whole HTML document, about 1 MB with the chart. Without altair it has everything but the chart.
     """
-    style = _asset("report.css")
     drawing, note = _drawing(result)
-    scripts = [drawing.script, _asset("report.js")] if drawing else []
-    scripts = [_embeddable(script) for script in scripts]
+    scripts = [drawing.script, asset("report.js")] if drawing else []
     title = f"{words.clean(result.facts.get('model') or 'Model')}, made smaller by tinier"
     body = [
         _head(result),
@@ -44,34 +40,16 @@ def html(result: Result) -> str:
         made(result),
     ]
     data = (
-        [f'<script id="specification" type="application/json">{_json(drawing)}</script>']
+        f'<script id="specification" type="application/json">{_json(drawing)}</script>'
         if drawing
-        else []
+        else ""
     )
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="referrer" content="no-referrer">',
-            f"<title>{escape(title)}</title>",
-            f"<style>{style}</style>",
-            "</head>",
-            '<body class="met">' if result.met else '<body class="missed">',
-            "<main>",
-            *(part for part in body if part),
-            f"<footer>Made by tinier {escape(str(_version(result)))}. Every figure was measured in this run, "
-            "on this machine and the named runtime.</footer>",
-            "</main>",
-            *data,
-            *(f"<script>{script}</script>" for script in scripts),
-            "</body>",
-            "</html>",
-            "",
-        ]
+    footer = (
+        f"Made by tinier {escape(str(_version(result)))}. Every figure was measured in this run, "
+        "on this machine and the named runtime."
+    )
+    return page(
+        title, body, footer, kind="met" if result.met else "missed", data=data, scripts=scripts
     )
 
 
@@ -340,31 +318,8 @@ def _usage(result: Result) -> str:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _asset(name: str) -> str:
-    return files("tinier.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _embeddable(script: str) -> str:
-    """A script that cannot end its element early, whose bytes the browser hashes as they are here."""
-    script = script.replace("\r\n", "\n").replace("\r", "\n")
-    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
 def _json(drawing: Drawing) -> str:
     return json.dumps(drawing.specification, allow_nan=False).replace("<", "\\u003c")
-
-
-def _policy(scripts: list[str]) -> str:
-    """The page may load nothing, and run these scripts only."""
-    hashes = [
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-        for script in scripts
-    ]
-    allowed = " ".join(hashes) or "'none'"
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
-        "base-uri 'none'; form-action 'none'"
-    )
 
 
 def _version(result: Result) -> str:

@@ -34,7 +34,7 @@ def squared_error(histogram: Histogram, integers: Integers) -> Cost:
     Cost:
         O(BINS), then O(k · n) for k ranges; above 2047 steps O(k), with s²/12 as the error of rounding.
     """
-    spread = _Spread(histogram)
+    spread = Spread(histogram)
 
     def cost(low: Tensor, high: Tensor) -> Tensor:
         scale, zero_point = _grid(low, high, integers)
@@ -182,7 +182,7 @@ def _grid(low: Tensor, high: Tensor, integers: Integers) -> tuple[Tensor, Tensor
     return scale.double(), zero_point.double()
 
 
-class _Spread:
+class Spread:
     """Sums over all values but exact zeros, as functions of a point, with values spread evenly within each bin."""
 
     def __init__(self, histogram: Histogram) -> None:
@@ -192,10 +192,10 @@ class _Spread:
         # No value lies outside low … high; a bin may have no width then, with all of its values at its start.
         edges = edges.clamp(self.low, self.high)
         counts, widths = histogram.counts.double(), edges.diff()
-        middles = edges[:-1] + widths / 2
+        self.counts, self.widths, self.middles = counts, widths, edges[:-1] + widths / 2
         self.count = counts.sum()
-        self.total = (counts * middles).sum()
-        self.square = (counts * (middles.square() + widths.square() / 12)).sum()
+        self.total = (counts * self.middles).sum()
+        self.square = self.central(0.0, 2)
         self.edges = edges[:-1]  # (BINS,), as all of these: what lies before the bin's start
         self.density = torch.where(widths > 0, counts / widths.clamp_min(1e-300), 0.0)
         self.before = counts.cumsum(0) - counts
@@ -206,6 +206,18 @@ class _Spread:
     def squares(self, t: Tensor) -> Tensor:
         """Σ (x − t)² over all x."""
         return self.square - 2 * t * self.total + t.square() * self.count
+
+    def central(self, centre: float, power: int) -> Tensor:
+        """Σ (x − centre)^power over all x, for a power of 2 or 4."""
+        d = (self.middles - centre).square()
+        if power == 2:
+            return (self.counts * (d + self.widths**2 / 12)).sum()
+        return (self.counts * (d.square() + d * self.widths**2 / 2 + self.widths**4 / 80)).sum()
+
+    def below(self, t: Tensor) -> Tensor:
+        """How many x are less than t."""
+        inside, i, d = self._locate(t)
+        return torch.where(t > inside, self.count, self.before[i] + self.density[i] * d)
 
     def first(self, t: Tensor) -> Tensor:
         """G(t) = Σ_{x < t} (t − x)."""
