@@ -85,12 +85,14 @@ PUBLIC: set[str] = {
     "linearize",
     "load",
     "measure",
+    "pack",
     "prune",
     "quantize",
     "recover",
     "save",
     "shrink",
     "sparsify",
+    "unpack",
     "verify",
 }
 

@@ -12,11 +12,13 @@ from tinier.verbs import (
     export,
     linearize,
     load,
+    pack,
     prune,
     quantize,
     recover,
     save,
     sparsify,
+    unpack,
 )
 from tinier.verify import verify
 from tinier.version import VERSION as __version__
@@ -33,11 +35,13 @@ __all__ = [
     "linearize",
     "load",
     "measure",
+    "pack",
     "prune",
     "quantize",
     "recover",
     "save",
     "shrink",
     "sparsify",
+    "unpack",
     "verify",
 ]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -41,6 +42,30 @@ def check_output(out: str | Path, ours: Callable[[Path], bool] | None = None) ->
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{out}: no permission to write in {parent}")
     return folder
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A name beside ``file`` to write to, which takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: it is a folder, its folder does not exist, the disk is full, or it cannot be written.
+    """
+    folder = file.absolute().parent
+    if file.is_dir():
+        raise OutputError(f"{file} is a folder; name a file")
+    if not folder.is_dir():
+        raise OutputError(f"{file}: the folder {folder} does not exist; make it first")
+    made = folder / f".{file.name}-{secrets.token_hex(4)}"
+    try:
+        yield made
+        made.replace(file)
+    except OSError as error:
+        if error.errno in FULL:
+            raise OutputError(NO_SPACE.format(file)) from error
+        raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
+    finally:
+        made.unlink(missing_ok=True)
 
 
 def _is_result(folder: Path) -> bool:

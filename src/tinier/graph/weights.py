@@ -80,3 +80,21 @@ def _role(node: fx.Node, source: fx.Node, tensor: Tensor) -> tuple[str, int, int
     if name in LINEAR and place == (2 if name in ("addmm", "baddbmm") else 1):
         return ("linear", tensor.ndim - 2, tensor.ndim - 1)
     return None
+
+
+def tables(traced: Traced) -> tuple[str, ...]:
+    """The tables of embeddings: parameters whose rows are looked up.
+
+    Args:
+        traced: the network.
+
+    Returns:
+        Names, in the order of the graph; a tied tensor under the name that the graph reads first.
+    """
+    tensors = named_tensors(traced.module)
+    found: dict[int, str] = {}
+    for node in traced.module.graph.nodes:
+        source = node.args[0] if operator_name(node) in ("embedding", "embedding_bag") else None
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            found.setdefault(id(tensors[str(source.target)]), str(source.target))
+    return tuple(found.values())

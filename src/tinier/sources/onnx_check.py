@@ -42,7 +42,7 @@ def checked(path: Path) -> tuple[ModelProto, dict[str, str]]:
         raise ModelError(f"{path}: not an ONNX file ({error})") from error
     if not proto.ir_version or not proto.graph.node:
         raise ModelError(f"{path}: not an ONNX file, or one without operators")
-    external = [tensor for tensor in _tensors(proto) if _is_external(tensor)]
+    external = [tensor for tensor in tensors_of(proto) if is_external(tensor)]
     for tensor in external:
         _stays_inside(path, tensor)
     try:
@@ -75,7 +75,7 @@ def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
                 yield from _nodes(inner)
 
 
-def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
+def tensors_of(proto: ModelProto) -> Iterator[TensorProto]:
     """Every tensor that the file holds, wherever it is."""
     yield from _graph_tensors(proto.graph)
     for function in proto.functions:
@@ -107,7 +107,8 @@ def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
             yield from _graph_tensors(graph)
 
 
-def _is_external(tensor: TensorProto) -> bool:
+def is_external(tensor: TensorProto) -> bool:
+    """Whether a tensor lies in another file."""
     return tensor.data_location == TensorProto.EXTERNAL or bool(tensor.external_data)
 
 

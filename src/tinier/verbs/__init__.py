@@ -8,6 +8,7 @@ from tinier.verbs.quantization import quantize
 from tinier.verbs.smaller import Smaller
 from tinier.verbs.sparsity import sparsify
 from tinier.verbs.steps import export, recover
+from tinier.verbs.storage import pack, unpack
 
 __all__ = [
     "Smaller",
@@ -15,9 +16,11 @@ __all__ = [
     "export",
     "linearize",
     "load",
+    "pack",
     "prune",
     "quantize",
     "recover",
     "save",
     "sparsify",
+    "unpack",
 ]
