@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from tinier.errors import ModelError, RefusedError
 from tinier.graph.states import quiet
 from tinier.network import Network
+from tinier.targets.onnx_folded import fold_weights
 from tinier.targets.onnx_integers import compact
 
 OPSET = 18
@@ -71,6 +72,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     _name_dimensions(model)
     _name_values(model)
     compact(model)
+    fold_weights(model)
     _strip(model)
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -14,12 +14,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 OPSET = 21  # the first with blocks and with four bits
-BLOCKS = (
-    128,
-    64,
-    32,
-    16,
-)  # that kernels have; with one scale a channel the largest that divides the inputs
+BLOCKS = (128, 64, 32, 16)  # that kernels have; the largest that divides what shares a scale
+# What ONNX Runtime fuses with a Gemm before it.
+ACTIVATIONS = {"Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign"}
+ACTIVATIONS |= {"Tanh", "ThresholdedRelu"}
 
 
 @dataclass
@@ -32,8 +30,8 @@ class _Weight:
     zero_point: np.ndarray
 
 
-class _Graph:
-    """The graph with who makes and who reads each value."""
+class Wiring:
+    """A model's graph with who makes and who reads each value."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
@@ -89,20 +87,19 @@ def compact(model: onnx.ModelProto) -> None:
     Cost:
         A copy of each weight.
     """
-    found = _Graph(model)
+    found = Wiring(model)
     changed = False
     for weight in list(found.weights()):
         transposed = len(weight.scale) != len(found.array(weight.node.input[0]))
         changed |= _products(found, weight, transposed) | _lookups(found, weight, transposed)
-    blocks = _mark_blocks(found)
-    if changed or blocks:
-        _drop_dead(model)
+    if changed:
+        drop_dead(model)
         for entry in model.opset_import:
             if not entry.domain:
                 entry.version = max(entry.version, OPSET)
 
 
-def _products(found: _Graph, weight: _Weight, transposed: bool) -> bool:
+def _products(found: Wiring, weight: _Weight, transposed: bool) -> bool:
     """Products x · Wᵀ and x · W with this weight read (inputs, outputs) with blocks of inputs."""
     readers = []
     value = weight.node.output[0]
@@ -119,13 +116,14 @@ def _products(found: _Graph, weight: _Weight, transposed: bool) -> bool:
     ]
     columns = weight.integers.shape[1]
     groups = weight.scale.shape[1]
-    block = columns // groups if groups > 1 else next((b for b in BLOCKS if columns % b == 0), 0)
-    if not chosen or not block or columns % block:
+    block = next((b for b in BLOCKS if columns // groups % b == 0), 0)
+    if not chosen or not block:
         return False
     repeat = columns // block // groups
     stem = weight.node.input[0].removesuffix("_integers")
+    nibble = fits_nibble(weight.integers, weight.zero_point)
     names = [
-        found.add(_tensor(weight.integers.T, f"{stem}_by_inputs", weight)),
+        found.add(integer_tensor(weight.integers.T, _by_inputs(weight), nibble)),
         found.add(
             numpy_helper.from_array(
                 np.ascontiguousarray(weight.scale.repeat(repeat, 1).T), f"{stem}_blocks_scale"
@@ -134,7 +132,7 @@ def _products(found: _Graph, weight: _Weight, transposed: bool) -> bool:
     ]
     zero = weight.zero_point.repeat(repeat, 1).T
     if zero.any():
-        names.append(found.add(_tensor(zero, f"{stem}_blocks_zero_point", weight)))
+        names.append(found.add(integer_tensor(zero, f"{stem}_blocks_zero_point", nibble)))
     output = f"{stem}_by_inputs_dequantized"
     made = helper.make_node(
         "DequantizeLinear",
@@ -151,7 +149,12 @@ def _products(found: _Graph, weight: _Weight, transposed: bool) -> bool:
     return True
 
 
-def _multiplies(found: _Graph, node: onnx.NodeProto, value: str) -> bool:
+def _by_inputs(weight: _Weight) -> str:
+    """Name of the integers (inputs, outputs) that products read."""
+    return weight.node.input[0].removesuffix("_integers") + "_by_inputs"
+
+
+def _multiplies(found: Wiring, node: onnx.NodeProto, value: str) -> bool:
     if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2 or node.input[1] != value:
         return False
     other = found.maker.get(node.input[0])
@@ -170,13 +173,18 @@ def _outputs_are_rows(node: onnx.NodeProto, through: bool, transposed: bool) -> 
     return through != transposed
 
 
-def _multiply(found: _Graph, node: onnx.NodeProto, weight: str) -> None:
+def _multiply(found: Wiring, node: onnx.NodeProto, weight: str) -> None:
     """The product reads ``weight`` (inputs, outputs); a Gemm becomes a MatMul and an Add."""
     nodes = found.graph.node
     if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
         product = f"{node.output[0]}_product"
+        # ONNX Runtime makes one operator of product, Add and activation function, which then dequantizes at every run: not of Sum.
+        active = {reader.op_type for reader in found.readers.get(node.output[0], [])} & ACTIVATIONS
         add = helper.make_node(
-            "Add", [product, node.input[2]], list(node.output), f"{node.name}_bias"
+            "Sum" if active else "Add",
+            [product, node.input[2]],
+            list(node.output),
+            f"{node.name}_bias",
         )
         nodes.insert(list(nodes).index(node) + 1, add)
         fresh = helper.make_node("MatMul", [node.input[0], weight], [product], node.name)
@@ -185,7 +193,7 @@ def _multiply(found: _Graph, node: onnx.NodeProto, weight: str) -> None:
     node.CopyFrom(fresh)
 
 
-def _lookups(found: _Graph, weight: _Weight, transposed: bool) -> bool:
+def _lookups(found: Wiring, weight: _Weight, transposed: bool) -> bool:
     """Rows are looked up as integers and dequantized then: s[i] · (q[i] − z[i])."""
     value = weight.node.output[0]
     lookups = [
@@ -201,6 +209,9 @@ def _lookups(found: _Graph, weight: _Weight, transposed: bool) -> bool:
         return False
     stem = weight.node.input[0].removesuffix("_integers")
     table, packed = _table(found, weight, stem)
+    # A table that is the weight of a product, too, is stored once, (columns, rows), and transposed when the file is opened; ONNX Runtime
+    # has its kernels for products whose constant nothing else reads.
+    tied = not packed and _by_inputs(weight) in found.constants
     scale = found.add(numpy_helper.from_array(weight.scale, f"{stem}_rows_scale"))
     zero = ""
     if weight.zero_point.any():
@@ -209,7 +220,8 @@ def _lookups(found: _Graph, weight: _Weight, transposed: bool) -> bool:
     for number, (node, rank) in enumerate(zip(lookups, ranks, strict=True)):
         made = _Steps(found, node, f"{node.output[0]}_{number}")
         at = node.input[1]
-        rows = made("Gather", table, at)
+        whole = made("Transpose", _by_inputs(weight), perm=[1, 0]) if tied else table
+        rows = made("Gather", whole, at)
         if packed:
             rows = _unpacked(made, rows, weight.integers.dtype == np.int8)
         rows = made("Cast", rows, to=onnx.TensorProto.FLOAT)
@@ -231,10 +243,10 @@ def _lookups(found: _Graph, weight: _Weight, transposed: bool) -> bool:
     return True
 
 
-def _table(found: _Graph, weight: _Weight, stem: str) -> tuple[str, bool]:
+def _table(found: Wiring, weight: _Weight, stem: str) -> tuple[str, bool]:
     """Name of the integers to look rows up in, and whether two are in a byte: the first half of a row low, the second high."""
     columns = weight.integers.shape[1]
-    if not _fits_nibble(weight) or columns % 2:
+    if not fits_nibble(weight.integers, weight.zero_point) or columns % 2:
         return weight.node.input[0], False
     nibbles = (weight.integers.astype(np.int16) & 0xF).astype(np.uint8)
     halves = nibbles[:, : columns // 2] | (nibbles[:, columns // 2 :] << 4)
@@ -256,7 +268,7 @@ def _unpacked(made: "_Steps", rows: str, signed: bool) -> str:
 class _Steps:
     """Operators in place of one node."""
 
-    def __init__(self, found: _Graph, node: onnx.NodeProto, base: str) -> None:
+    def __init__(self, found: Wiring, node: onnx.NodeProto, base: str) -> None:
         self.found, self.node, self.base = found, node, base
         self.made: list[onnx.NodeProto] = []
 
@@ -281,30 +293,12 @@ class _Steps:
             nodes.insert(place + offset, one)
 
 
-def _mark_blocks(found: _Graph) -> bool:
-    """What is left with a scale for each group of columns says its block size, which the exporter's opset has no word for."""
-    marked = False
-    for node in found.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[1] not in found.constants:
-            continue
-        scale = found.array(node.input[1])
-        if scale.ndim == 2 and not any(a.name == "block_size" for a in node.attribute):
-            columns = found.array(node.input[0]).shape[1]
-            attributes = [a for a in node.attribute if a.name != "axis"]
-            del node.attribute[:]
-            node.attribute.extend(attributes)
-            node.attribute.append(helper.make_attribute("axis", 1))
-            node.attribute.append(helper.make_attribute("block_size", columns // scale.shape[1]))
-            marked = True
-    return marked
-
-
-def _tensor(values: np.ndarray, name: str, weight: _Weight) -> onnx.TensorProto:
-    """Integers as a constant: of four bits where the weight and its zero points fit those."""
+def integer_tensor(values: np.ndarray, name: str, nibble: bool) -> onnx.TensorProto:
+    """Integers as a constant, of four bits each where ``nibble`` says that they fit those."""
     values = np.ascontiguousarray(values)
-    if not _fits_nibble(weight):
+    if not nibble:
         return numpy_helper.from_array(values, name)
-    signed = weight.integers.dtype == np.int8
+    signed = values.dtype == np.int8
     nibbles = values.reshape(-1).astype(np.uint8) & 0xF
     if len(nibbles) % 2:
         nibbles = np.append(nibbles, np.uint8(0))
@@ -313,13 +307,14 @@ def _tensor(values: np.ndarray, name: str, weight: _Weight) -> onnx.TensorProto:
     return onnx.TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=packed.tobytes())
 
 
-def _fits_nibble(weight: _Weight) -> bool:
-    low = min(int(weight.integers.min()), int(weight.zero_point.min()))
-    high = max(int(weight.integers.max()), int(weight.zero_point.max()))
-    return low >= -8 and high <= 7 if weight.integers.dtype == np.int8 else high <= 15
+def fits_nibble(integers: np.ndarray, zero_point: np.ndarray) -> bool:
+    """Whether int8 or uint8 integers and their zero points fit four bits."""
+    low = min(int(integers.min()), int(zero_point.min()))
+    high = max(int(integers.max()), int(zero_point.max()))
+    return low >= -8 and high <= 7 if integers.dtype == np.int8 else high <= 15
 
 
-def _drop_dead(model: onnx.ModelProto) -> None:
+def drop_dead(model: onnx.ModelProto) -> None:
     """Without nodes and constants that nothing reads any more."""
     graph = model.graph
     while True:

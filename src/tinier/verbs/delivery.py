@@ -103,11 +103,15 @@ def deliver(
         few = [{name: value[:FEW] for name, value in batches[0].items()}]
         found = attribute(smaller.original, smaller.plan, few)
     with whole(path) as made:
-        artifacts, checked, sizes = {}, {}, {}
+        artifacts: dict[str, Artifact] = {}
+        checked, sizes = {}, {}
         for runtime in runtimes:
             if runtime.refuses(smaller.network):
                 continue
-            artifacts[runtime.name] = artifact = runtime.lower(smaller.network, made)
+            # One export serves every runtime that reads ONNX.
+            written = [f for a in artifacts.values() for f in a.files if f.suffix == ".onnx"]
+            artifact = runtime.lower(smaller.network, made, *written[:1])
+            artifacts[runtime.name] = artifact
             session = runtime.open(artifact.files[0], threads)
             compared = parity(smaller.network, session, _examples(smaller.network, batches[0]))
             checked[runtime.name] = compared.demand(f"the artifact for {runtime.name}")
