@@ -36,6 +36,13 @@ def quantize(
     activations: Annotated[
         int, typer.Option(help="Bits of activations; 0 leaves them float: weights alone.")
     ] = 8,
+    dynamic: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic",
+            help="Round inputs of linear layers in the range of each run, without data.",
+        ),
+    ] = False,
     ranges: Annotated[str, typer.Option(help="Of activations, by name.")] = "mse",
     weight_ranges: Annotated[
         str | None, typer.Option(help="Of weights: minmax, percentile, mse or importance.")
@@ -115,7 +122,7 @@ def quantize(
                 model,
                 data=data,
                 bits=bits,
-                activations=activations or None,
+                activations="dynamic" if dynamic else activations or None,
                 ranges=ranges,
                 weight_ranges=weight_ranges,
                 group=group,

@@ -7,6 +7,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx
 
+from tinier.graph.dynamic import ROUND
 from tinier.graph.fold import parameter_of, read, write
 from tinier.graph.placement import ROLES, Kind
 from tinier.modules.fake_quantize import BIAS
@@ -26,6 +27,17 @@ def insert_pair(
         rounded = graph.call_function(pairs.quantize_per_tensor.default, (node, *numbers))
     with graph.inserting_after(rounded):
         value = graph.call_function(pairs.dequantize_per_tensor.default, (rounded, *numbers))
+    value.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, value)
+
+
+def insert_rounding(node: fx.Node, readers: Sequence[str]) -> None:
+    """Those readers, or all, read the node's values rounded to the range of each run."""
+    users = [user for user in node.users if not readers or user.name in readers]
+    graph = node.graph
+    with graph.inserting_after(node):
+        value = graph.call_function(ROUND, (node,))
     value.meta = dict(node.meta)
     for user in users:
         user.replace_input_with(node, value)

@@ -6,7 +6,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from tinier.edits.base import Edit, Values
-from tinier.edits.pairs import as_matrix, insert_pair, name_outputs, store_biases, store_weight
+from tinier.edits.pairs import (
+    as_matrix,
+    insert_pair,
+    insert_rounding,
+    name_outputs,
+    store_biases,
+    store_weight,
+)
 from tinier.errors import RefusedError
 from tinier.graph.fold import fold, pruned, read
 from tinier.network import Network
@@ -48,6 +55,31 @@ class Quantize(Edit):
         bits = self.integers.steps.bit_length()
         what = f"{bits} bits, {self.low} … {self.high}"
         return self.tensor, f"{what}, scale {self.scale:.3g}, zero point {self.zero_point}"
+
+    @classmethod
+    def apply_all(cls, edits: list[Edit], network: Network) -> Network:
+        """See `quantized`."""
+        return quantized(edits, network)
+
+
+@dataclass(frozen=True)
+class QuantizeDynamically(Edit):
+    """Round an activation to 8 bits in the range that it has at each run: ONNX's DynamicQuantizeLinear.
+
+    Attributes:
+        tensor: a node of the traced graph, batch norms folded.
+        readers: nodes that read the rounded values; empty for all.
+    """
+
+    kind: ClassVar[str] = "quantize_dynamically"
+    stage: ClassVar[str] = STAGE
+    of_artifact: ClassVar[bool] = True
+
+    tensor: str
+    readers: tuple[str, ...] = ()
+
+    def row(self) -> tuple[str, str]:
+        return self.tensor, "8 bits, 0 … 255, range of each run"
 
     @classmethod
     def apply_all(cls, edits: list[Edit], network: Network) -> Network:
@@ -119,9 +151,10 @@ def quantized(edits: list[Edit], network: Network) -> Network:
     nodes = {node.name: node for node in module.graph.nodes}
     activations = [edit for edit in edits if isinstance(edit, Quantize)]
     weights = [edit for edit in edits if isinstance(edit, QuantizeWeight)]
-    for edit in activations:
-        if edit.tensor not in nodes:
-            raise RefusedError(f"{network.name} has no value {edit.tensor} to quantize")
+    dynamic = [edit for edit in edits if isinstance(edit, QuantizeDynamically)]
+    for name in [edit.tensor for edit in activations] + [edit.tensor for edit in dynamic]:
+        if name not in nodes:
+            raise RefusedError(f"{network.name} has no value {name} to quantize")
     matrices = [_matrix(edit, read(module, edit.tensor), network) for edit in weights]
     # The integer operators of runtimes multiply weights with one scale a channel and no zero point.
     plain = {
@@ -133,6 +166,8 @@ def quantized(edits: list[Edit], network: Network) -> Network:
     for edit in activations:
         numbers = (edit.scale, edit.zero_point, edit.integers)
         insert_pair(nodes[edit.tensor], *numbers, edit.readers)
+    for each in dynamic:
+        insert_rounding(nodes[each.tensor], each.readers)
     for one, matrix in zip(weights, matrices, strict=True):
         grid = one.grid
         numbers_of = (grid.scale, grid.zero_point, grid.integers)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from tinier.edits.base import Plan
 from tinier.edits.pairs import as_matrix, from_matrix
-from tinier.edits.quantize import Quantize, QuantizeWeight
+from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight
 from tinier.errors import DataError, InputError
 from tinier.graph.fold import fold, read
 from tinier.graph.rerun import Rerun, value_bytes
@@ -19,6 +19,11 @@ from tinier.tensors.affine import fake_quantize
 
 MEMORY = 2**30  # bytes of the values that are kept at once
 CAUSES = ("weight rounding", "weight clipping", "activation rounding", "activation clipping")
+
+
+QUANTIZES = (
+    Quantize | QuantizeDynamically | QuantizeWeight
+)  # dynamic rounding is no cause of its own
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def attribute(network: Network, plan: Plan, batches: Iterable[Mapping[str, Tenso
     Cost:
         For each layer five runs of what comes after it, in the float network, and one in the quantized one.
     """
-    before = Plan(tuple(e for e in plan.edits if not isinstance(e, Quantize | QuantizeWeight)))
+    before = Plan(tuple(e for e in plan.edits if not isinstance(e, QUANTIZES)))
     ours = [e for e in plan.edits if isinstance(e, Quantize | QuantizeWeight)]
     if not ours:
         raise InputError("attribution: the plan quantizes nothing")

@@ -265,6 +265,8 @@ class _Unrounded(fx.Interpreter):
         return super().run_node(node)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(target, "namespace", "") == "tinier":
+            return args[0]
         if getattr(target, "namespace", "") == "quantized_decomposed":
             quantizes = target.__name__.startswith("quantize")
             if quantizes or (isinstance(args[0], Tensor) and args[0].is_floating_point()):
@@ -276,7 +278,7 @@ def _stored(node: Any) -> bool:
     """Whether a value comes from integers."""
     while isinstance(node, fx.Node) and _operator(node) in ("t", "transpose", "permute"):
         node = node.args[0]
-    return isinstance(node, fx.Node) and _operator(node).startswith("dequantize")
+    return isinstance(node, fx.Node) and _operator(node).startswith(("dequantize", "round_dynam"))
 
 
 def _rounded_rows(x: Tensor) -> Tensor:

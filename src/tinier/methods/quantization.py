@@ -8,10 +8,10 @@ import torch
 from torch import fx
 
 from tinier.edits.base import Plan
-from tinier.edits.quantize import Quantize, QuantizeWeight, refuse_quantized
+from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight, refuse_quantized
 from tinier.errors import InputError, RefusedError
 from tinier.graph.fold import fold
-from tinier.graph.placement import Placement, place
+from tinier.graph.placement import ROLES, Placement, place
 from tinier.graph.stored import Store, stored
 from tinier.methods.base import Method, covers, must_exist
 from tinier.methods.weight_integers import ROUNDINGS, Scheme, integers_of
@@ -23,6 +23,11 @@ from tinier.tensors.ranges import RULES, activation_range
 
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (float("-inf"), float("inf"))
+DYNAMIC = (  # products whose inputs are rounded in the range of each run
+    torch.ops.aten.linear.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.mm.default,
+)
 WEIGHT_RULES = ("minmax", "percentile", "mse", "importance")
 
 
@@ -33,6 +38,8 @@ class Quantization(Method):
     Attributes:
         bits: of weights, 2 to 16; up to 8 where activations stay float.
         activations: bits of activations, 2 to 16; None leaves them float: weights alone are stored as integers.
+        dynamic: with ``activations=None``: inputs of linear layers are rounded to 8 bits in the range of each run, and multiplied as
+            integers. Needs no data.
         ranges: of activations: ``"minmax"``, ``"percentile"``, ``"moving_average"``, ``"mse"`` for the least squared error, or
             ``"entropy"`` for the least KL divergence: `tinier.tensors.ranges.RULES`.
         weight_ranges: of weights: ``"minmax"``, ``"percentile"``, ``"mse"``, or ``"importance"``: least squared error of each weight times
@@ -57,6 +64,7 @@ class Quantization(Method):
 
     bits: int = 8
     activations: int | None = 8
+    dynamic: bool = False
     ranges: str = "mse"
     weight_ranges: str | None = None
     group: int | None = None
@@ -86,7 +94,12 @@ class Quantization(Method):
             raise InputError(f"activations={self.activations}: 2 to 16 bits are possible, or None")
         if self.group is not None and self.group < 2:
             raise InputError(f"group={self.group}: 2 or more inputs, or None for whole channels")
-        if self.activations is not None and (self.group is not None or not self.symmetric):
+        if self.dynamic and self.activations is not None:
+            raise InputError(
+                f"activations={self.activations}: dynamic ranges are for activations=None"
+            )
+        fixed = self.activations is not None or self.dynamic
+        if fixed and (self.group is not None or not self.symmetric):
             what = f"group={self.group}" if self.group is not None else "symmetric=False"
             raise InputError(
                 f"{what}: integer operators take weights with one scale a channel and no zero point; "
@@ -132,16 +145,36 @@ class Quantization(Method):
         if self.activations is not None and statistics is not None:
             edits = self._activations(network, placement, statistics, self.activations)
         steps = {edit.tensor: edit.scale for edit in edits}
+        multiplied, dynamic = self._dynamic(module, stores)
         weights: list[QuantizeWeight] = []
         notes: list[str] = []
         for store in stores:
-            fixed = store.name in placement.weights
+            fixed = store.name in placement.weights or store.name in multiplied
             edit, said = integers_of(
                 module, store, self.scheme(store.name, fixed), statistics, steps if fixed else {}
             )
             weights.append(edit)
             notes += said
-        return Plan((*edits, *weights)), tuple(notes)
+        return Plan((*edits, *dynamic, *weights)), tuple(notes)
+
+    def _dynamic(
+        self, module: fx.GraphModule, stores: list[Store]
+    ) -> tuple[set[str], list[QuantizeDynamically]]:
+        """Weights of integer products, and the inputs that are rounded for them."""
+        if not self.dynamic:
+            return set(), []
+        nodes = {node.name: node for node in module.graph.nodes}
+        names: set[str] = set()
+        readers: dict[str, list[str]] = {}
+        for store in stores:
+            products = [nodes[n] for n in store.readers if store.kind == "linear"]
+            for node in products:
+                if node.target in DYNAMIC:
+                    source = node.args[ROLES[node.target].weight_input]
+                    assert isinstance(source, fx.Node)
+                    names.add(store.name)
+                    readers.setdefault(source.name, []).append(node.name)
+        return names, [QuantizeDynamically(n, tuple(found)) for n, found in readers.items()]
 
     def bits_of(self, name: str) -> int:
         """Bits of a weight; 0 where it stays float."""

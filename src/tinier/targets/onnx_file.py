@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from tinier.errors import ModelError, RefusedError
 from tinier.graph.states import quiet
 from tinier.network import Network
+from tinier.targets.onnx_dynamic import multiply_integers
 from tinier.targets.onnx_folded import fold_weights
 from tinier.targets.onnx_integers import compact
 
@@ -71,6 +72,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     _drop_unused(model)
     _name_dimensions(model)
     _name_values(model)
+    multiply_integers(model)
     compact(model)
     fold_weights(model)
     _strip(model)
@@ -89,6 +91,7 @@ def _translations(program: torch.export.ExportedProgram) -> dict[Any, Callable[.
         "aten::_grouped_mm": _grouped_product,
         "aten::_is_all_true": _all_true,
         "quantized_decomposed::dequantize_per_channel_group": _dequantized_groups,
+        "tinier::round_dynamically": _rounded_dynamically,
         "quantized_decomposed::quantize_per_tensor": _quantized,
     }
     attention = torch.ops.aten.scaled_dot_product_attention.default
@@ -184,6 +187,13 @@ def _dequantized_groups(
 
     op: Any = opset18
     return op.DequantizeLinear(q, scale, op.CastLike(zero_point, q), axis=1)
+
+
+def _rounded_dynamically(x: Any) -> Any:
+    from onnxscript import opset18
+
+    op: Any = opset18
+    return op.DequantizeLinear(*op.DynamicQuantizeLinear(x))
 
 
 def _all_true(self: Any) -> Any:

@@ -112,7 +112,7 @@ def _products(found: Wiring, weight: _Weight, transposed: bool) -> bool:
         node
         for node, through in readers
         if _multiplies(found, node, through.output[0] if through is not node else value)
-        and _outputs_are_rows(node, through is not node, transposed)
+        and outputs_are_rows(node, through is not node, transposed)
     ]
     columns = weight.integers.shape[1]
     groups = weight.scale.shape[1]
@@ -161,7 +161,7 @@ def _multiplies(found: Wiring, node: onnx.NodeProto, value: str) -> bool:
     return other is None or other.op_type != "DequantizeLinear"
 
 
-def _outputs_are_rows(node: onnx.NodeProto, through: bool, transposed: bool) -> bool:
+def outputs_are_rows(node: onnx.NodeProto, through: bool, transposed: bool) -> bool:
     """Whether the weight's rows, as `_Weight` has them, are the product's outputs."""
     attributes = {a.name: a for a in node.attribute}
     if node.op_type == "Gemm":

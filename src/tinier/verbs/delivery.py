@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tinier.edits.quantize import Quantize, QuantizeWeight
+from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight
 from tinier.errors import InputError
 from tinier.measure.attribution import Attribution, attribute
 from tinier.measure.parity import Parity, parity
@@ -56,7 +56,9 @@ class Delivered:
                 for name, artifact in self.artifacts.items()
             },
             "weights": {e.tensor: (e.high - e.low).bit_length() for e in weights},
-            "activations": sum(isinstance(e, Quantize) for e in smaller.plan.edits),
+            "activations": sum(
+                isinstance(e, Quantize | QuantizeDynamically) for e in smaller.plan.edits
+            ),
             "attribution": None if self.attribution is None else self.attribution.as_dict(),
             "notes": list(smaller.notes),
         }

@@ -26,7 +26,7 @@ def quantize(
     data: Any = None,
     *,
     bits: int = 8,
-    activations: int | None = 8,
+    activations: int | str | None = 8,
     ranges: str = "mse",
     weight_ranges: str | None = None,
     group: int | None = None,
@@ -51,7 +51,8 @@ def quantize(
         data: a few hundred examples of real inputs, of which at most 512 are used; labels are not. Not needed for weights alone, rounded
             to nearest or by "hqq".
         bits: of weights, 2 to 16; to 8 where activations stay float.
-        activations: bits of activations; None stores weights as integers and computes in float.
+        activations: bits of activations; None stores weights as integers and computes in float; "dynamic" rounds inputs of linear layers to
+            8 bits in the range of each run, which needs no data.
         ranges: of activations, "minmax", "percentile", "moving_average", "mse" or "entropy".
         weight_ranges: of weights, "minmax", "percentile", "mse" or "importance"; None for what ``ranges`` is.
         group: inputs that share a scale, for weights alone; None for one scale a channel.
@@ -81,11 +82,17 @@ def quantize(
         A run of the network over the data; for corrections about ten over 64 to 128 examples; with error feedback one more and, for each
         layer, 8 · (inputs · kernel)² bytes.
     """
+    dynamic = activations == "dynamic"
+    if isinstance(activations, str):
+        if not dynamic:
+            raise InputError(f'activations={activations!r}: bits, None or "dynamic" are possible')
+        activations = None
     if symmetric is None:
-        symmetric = activations is not None or bits >= 8
+        symmetric = activations is not None or dynamic or bits >= 8
     method = Quantization(
         bits=bits,
         activations=activations,
+        dynamic=dynamic,
         ranges=ranges,
         weight_ranges=weight_ranges,
         group=group,
@@ -93,7 +100,7 @@ def quantize(
         rounding=rounding,
         layers=tuple((layers or {}).items()),
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
-        saturation_free=activations is not None and not machine().vnni,
+        saturation_free=(activations is not None or dynamic) and not machine().vnni,
     )
     names = chosen(corrections, method)
     asked = Mixture.of(max_size, max_latency, choices, sensitivity, method)

@@ -1,0 +1,117 @@
+"""Activations rounded in the range of each run: the formula, the files, two runtimes, and what cannot be."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import helper
+from torch import nn
+from typer.testing import CliRunner
+
+import tinier
+from tinier.cli import app
+from tinier.edits.base import Plan
+from tinier.edits.quantize import QuantizeDynamically
+from tinier.errors import InputError
+from tinier.graph.dynamic import round_dynamically
+from tinier.targets.base import targets_for
+
+
+def of_onnx(x: np.ndarray) -> np.ndarray:
+    """Rounded by ONNX Runtime's DynamicQuantizeLinear."""
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    port = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", port[:1], port[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize("kind", ["both", "positive", "negative", "zeros", "one", "ties", "small"])
+def test_it_is_what_onnx_says_bit_for_bit(kind: str) -> None:
+    x = torch.randn(64, 33, generator=torch.Generator().manual_seed(3))
+    values = {
+        "both": x,
+        "positive": x.abs() + 1,
+        "negative": -x.abs() - 1,
+        "zeros": torch.zeros(3, 4),
+        "one": torch.full((1, 1), -2.5),
+        "ties": torch.arange(0, 256).float().sub(100.5).div(2).clamp(-50, 77.5),
+        "small": x * 1e-30,
+    }[kind]
+    assert np.array_equal(round_dynamically(values).numpy(), of_onnx(values.numpy()))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(48, 64)
+        self.second = nn.Linear(64, 64, bias=False)
+        self.last = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.first(x))
+        found: torch.Tensor = self.last(hidden + torch.tanh(self.second(hidden)))
+        return found
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_products_of_integers_on_both_runtimes(tmp_path: Path, rank: int) -> None:
+    torch.manual_seed(0)
+    model, x = Layers().eval(), torch.randn(*(6, 5)[: rank - 1], 48)
+    smaller = tinier.quantize(model, x, activations="dynamic")
+    edits = [e for e in smaller.plan.edits if isinstance(e, QuantizeDynamically)]
+    assert len(edits) == 3
+    assert Plan.from_json(smaller.plan.to_json()) == smaller.plan
+    with torch.no_grad():
+        assert float((smaller.model(x) - model(x)).norm() / model(x).norm()) < 0.02
+    done = tinier.deliver(smaller, tmp_path / "out", target="cpu", attribution=rank == 2)
+    for name in ("onnxruntime", "openvino"):
+        assert all(row.passed and not row.skipped for row in done.parity[name].rows)
+    model_file = onnx.load(tmp_path / "out" / "model.onnx")
+    operators = [node.op_type for node in model_file.graph.node]
+    assert operators.count("MatMulInteger") == 3 and operators.count("DynamicQuantizeLinear") == 3
+    assert "DequantizeLinear" not in operators and "MatMul" not in operators
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_one_product_has_the_same_integers(tmp_path: Path, name: str) -> None:
+    """So that only the order of float operations is left: a thousandth of what rounding changes."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(48, 64)).eval(), torch.randn(6, 48)
+    smaller = tinier.quantize(model, x, activations="dynamic")
+    done = tinier.deliver(smaller, tmp_path / "out", target=name)
+    (runtime,) = targets_for(name)
+    session = runtime.open(tmp_path / "out" / done.artifacts[name].files[0].name, 1)
+    actual = session.run({session.inputs[0].name: x.numpy()})[0]
+    with torch.no_grad():
+        expected, before = smaller.model(x).numpy(), model(x).numpy()
+    assert np.abs(actual - expected).max() < 1e-3 * np.abs(expected - before).max()
+
+
+def test_what_cannot_be() -> None:
+    model, x = Layers().eval(), torch.randn(4, 48)
+    with pytest.raises(InputError, match='bits, None or "dynamic"'):
+        tinier.quantize(model, x, activations="static")
+    with pytest.raises(InputError, match="group=16: integer operators"):
+        tinier.quantize(model, x, activations="dynamic", group=16)
+    with pytest.raises(InputError, match="symmetric=False: integer operators"):
+        tinier.quantize(model, x, activations="dynamic", symmetric=False)
+
+
+def test_the_command_line_needs_no_data(tmp_path: Path) -> None:
+    model, x = Layers().eval(), torch.randn(4, 48)
+    tinier.save(tinier.prune(model, x, keep=0.999), tmp_path / "model.pt2")
+    arguments = ["quantize", str(tmp_path / "model.pt2"), "-o", str(tmp_path / "out"), "--dynamic"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert operators.count("MatMulInteger") == 3
