@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinier.data.python import FUNCTION, call_function
 from tinier.errors import InputError, RefusedError
 from tinier.modules.keras import KerasModule
 from tinier.modules.masked import masks_of, plain_name, release
@@ -109,9 +110,11 @@ def _pack_onnx(path: Path, file: Path) -> Packed:
 
 
 def _module(model: Any) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    return network_of(model).module
+    """The module of whatever was given; it need not be run, so that no example inputs are asked for."""
+    if isinstance(model, str) and FUNCTION.fullmatch(model) and not Path(model).exists():
+        made = call_function(model)
+        model = made[0] if isinstance(made, tuple) and made else made
+    return model if isinstance(model, nn.Module) else network_of(model).module
 
 
 def _state(model: Any) -> Mapping[str, Tensor]:
