@@ -49,12 +49,9 @@ class TestEveryNetwork:
         assert Plan.from_json(plan.to_json()) == plan
         assert same(state(shared), state(plan.apply(shared)))  # what is shared is its own nearest
         assert not WeightSharing(bits=3).plan(shared).edits
-        parameters = dict(shared.module.named_parameters())
-        changed = {edit.tensor for edit in plan.edits if isinstance(edit, Share)}
-        assert changed
-        for one, tensor in parameters.items():
-            if one in changed:
-                assert len(tensor.unique()) <= 8
+        parameters = dict(shared.module.named_parameters(remove_duplicate=False))
+        for one in (*weights(network.traced), *tables(network.traced)):
+            assert len(parameters[one].unique()) <= 8, one
         for out in shared(shared.example):
             assert bool(out.isfinite().all()) or not out.is_floating_point()
 
@@ -65,14 +62,6 @@ class TestEveryNetwork:
                 parameter.copy_((parameter * 20).round().clamp(-40, 40) / 20)
         few = replace(built(name), module=network)
         assert WeightSharing(bits=8).plan(few) == Plan()
-
-    def test_every_weight_and_table_is_covered(self, name: str) -> None:
-        network = built(name)
-        edits = WeightSharing(bits=1).plan(network).edits
-        shared = Plan(edits).apply(network)
-        after = dict(shared.traced.module.named_parameters(remove_duplicate=False))
-        for one in (*weights(network.traced), *tables(network.traced)):
-            assert len(after[one].unique()) <= 2, one
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -43,7 +43,7 @@ def pack(model: Any, file: str | Path) -> Packed:
         OutputError: the file cannot be written.
 
     Cost:
-        About 1 s for each MB of pruned, shared or quantized weights, less for others; seven times the largest tensor beside them.
+        About half a second for each MB in memory; seven times the largest tensor beside the weights.
 
     Source:
         Han et al. 2016, "Deep Compression", sections 3 and 4.
@@ -73,7 +73,7 @@ def unpack(
         OutputError: the path cannot be written.
 
     Cost:
-        Reading and decoding, about 0.1 s for each MB unpacked; a few times the weights.
+        Some milliseconds for each MB unpacked; a few times the weights.
     """
     limit = None if at_most is None else parse_bytes(at_most, "at_most")
     packed = PackedFile(Path(file), limit)
