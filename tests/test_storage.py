@@ -263,10 +263,8 @@ class TestOnnx:
             tinier.unpack(tmp_path / "m.tinier", tmp_path / "back.onnx")
 
 
-def forged(
-    file: Path, change: Callable[[dict[str, Any]], object], body: bytes | None = None
-) -> Path:
-    """The file with another header, or payload, and a hash that fits."""
+def forged(file: Path, change: Callable[[dict[str, Any]], object], more: bytes = b"") -> Path:
+    """The file with another header, more blocks, and a hash that fits."""
     data = file.read_bytes()
     front = packed_file._FRONT
     magic, version, code, length, head, *_ = front.unpack_from(data)
@@ -275,7 +273,7 @@ def forged(
     header = json.loads(text)
     header = change(header) or header
     text = json.dumps(header).encode()
-    body = data[front.size + head :] if body is None else body
+    body = data[front.size + head :] + more
     start = front.pack(magic, version, 0, len(text), len(text), len(body), bytes(32))[:-32]
     made = file.with_name("forged.tinier")
     made.write_bytes(start + hashlib.sha256(start + text + body).digest() + text + body)
@@ -369,9 +367,12 @@ class TestHostileFiles:
                  "streams": [["stored", 4]]}
             )  # fmt: skip
 
-        body = (tmp_path / "m.tinier").read_bytes()[-32:] + bytes(4)
-        with pytest.raises(InputError, match=r"become|fill"):
-            tinier.unpack(forged(tmp_path / "m.tinier", swell, body), nn.Linear(3, 2))
+        made = forged(tmp_path / "m.tinier", swell, bytes(4))
+        with pytest.raises(InputError, match=r"say to become 400,000,032; at most"):
+            tinier.unpack(made, nn.Linear(3, 2))
+        made = forged(tmp_path / "m.tinier", lambda header: None, bytes(4))
+        with pytest.raises(InputError, match="do not fill the file"):
+            tinier.unpack(made, nn.Linear(3, 2))
 
     def test_any_value_of_the_header_replaced(self, file: Path) -> None:
         """Refused with a reason, or a dict of tensors: never another error."""
