@@ -280,7 +280,7 @@ class PackedFile:
         found = array_code.decode(row, data, dtype.itemsize, row["count"])
         if dtype == torch.bool and bool((found > 1).any()):
             raise InputError("truth values that are neither 0 nor 1")
-        return torch.from_numpy(found).view(dtype)
+        return torch.from_numpy(found).view(dtype) if len(found) else torch.empty(0, dtype=dtype)
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
         try:

@@ -113,7 +113,9 @@ def _smallest(raw: Array, width: int, signed: bool | None, sparse: bool) -> _Par
     if width in WORDS and len(raw):
         words = raw.view(WORDS[width])
         if signed is not None:
-            found += _integers(words, signed)
+            narrow = [*_integers(words, signed)]
+            # Of one byte, planes are the same symbols, in more bits.
+            found = narrow if narrow and width == 1 else found + narrow
         found += _codebook(words)
         if sparse:
             found += _sparse(words, signed)

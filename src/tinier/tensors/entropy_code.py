@@ -35,7 +35,7 @@ def encode(data: bytes) -> tuple[str, bytes]:
         ``CODES``.
 
     Cost:
-        About 1 s for each MB that can be made smaller, 0.05 s for others; four times the bytes.
+        About 1 s for each MB that can be made smaller, 0.1 s for others; four times the bytes.
 
     Source:
         Huffman 1952; Han et al. 2016, "Deep Compression", section 4; RFC 1951 (deflate); Martin 1979, range encoding, which lzma uses.

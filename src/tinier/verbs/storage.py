@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinier.data.python import FUNCTION, call_function
 from tinier.errors import InputError, RefusedError
 from tinier.modules.keras import KerasModule
 from tinier.modules.masked import masks_of, plain_name, release
@@ -42,7 +43,7 @@ def pack(model: Any, file: str | Path) -> Packed:
         OutputError: the file cannot be written.
 
     Cost:
-        About 1 s for each MB of pruned, shared or quantized weights, less for others; seven times the largest tensor beside them.
+        About half a second for each MB in memory; seven times the largest tensor beside the weights.
 
     Source:
         Han et al. 2016, "Deep Compression", sections 3 and 4.
@@ -72,7 +73,7 @@ def unpack(
         OutputError: the path cannot be written.
 
     Cost:
-        Reading and decoding, about 0.1 s for each MB unpacked; a few times the weights.
+        Some milliseconds for each MB unpacked; a few times the weights.
     """
     limit = None if at_most is None else parse_bytes(at_most, "at_most")
     packed = PackedFile(Path(file), limit)
@@ -109,9 +110,11 @@ def _pack_onnx(path: Path, file: Path) -> Packed:
 
 
 def _module(model: Any) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    return network_of(model).module
+    """The module of whatever was given; it need not be run, so that no example inputs are asked for."""
+    if isinstance(model, str) and FUNCTION.fullmatch(model) and not Path(model).exists():
+        made = call_function(model)
+        model = made[0] if isinstance(made, tuple) and made else made
+    return model if isinstance(model, nn.Module) else network_of(model).module
 
 
 def _state(model: Any) -> Mapping[str, Tensor]:
