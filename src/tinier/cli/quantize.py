@@ -57,7 +57,9 @@ def quantize(
             help="Whether zero points of weights are 0, for weights alone.",
         ),
     ] = None,
-    rounding: Annotated[str, typer.Option(help="nearest, error_feedback or hqq.")] = "nearest",
+    rounding: Annotated[
+        str, typer.Option(help="nearest, error_feedback, hqq, learned or learned_blocks.")
+    ] = "nearest",
     layer: Annotated[
         list[str] | None,
         typer.Option(

@@ -11,13 +11,18 @@ from tinier.edits.quantize import refuse_quantized
 from tinier.errors import InputError
 from tinier.measure.machine import machine
 from tinier.methods.quantization import Quantization
+from tinier.methods.weight_integers import ROUNDINGS
 from tinier.network import Example, Network
+from tinier.recovery.rounding import learn_rounding
 from tinier.statistics import Statistics, collect, observe
 from tinier.targets.base import targets_for
 from tinier.verbs.calibration import batches_of, calibration
 from tinier.verbs.corrections import NEED_DATA, chosen, corrected, prepared
 from tinier.verbs.mixture import Mixture, restored
 from tinier.verbs.smaller import Smaller, network_of, since
+
+# How rounding is learned → whether in blocks.
+LEARNED = {"learned": False, "learned_blocks": True}
 
 
 def quantize(
@@ -57,7 +62,8 @@ def quantize(
         weight_ranges: of weights, "minmax", "percentile", "mse" or "importance"; None for what ``ranges`` is.
         group: inputs that share a scale, for weights alone; None for one scale a channel.
         symmetric: whether zero points of weights are 0; None for yes, but no below 8 bits where activations stay float.
-        rounding: "nearest", "error_feedback" or "hqq".
+        rounding: "nearest", "error_feedback", "hqq", or learned on the data by gradient descent: "learned" layer by layer,
+            "learned_blocks" all weights of a residual block together.
         layers: module or parameter pattern → bits of its weights, 0 for float.
         exclude: patterns of modules or parameters that stay float.
         corrections: any of "cross_layer_equalization", "smooth_quant" and "bias_correction"; () for none. None for the last where
@@ -82,6 +88,8 @@ def quantize(
         A run of the network over the data; for corrections about ten over 64 to 128 examples; with error feedback one more and, for each
         layer, 8 · (inputs · kernel)² bytes.
     """
+    if rounding not in (*ROUNDINGS, *LEARNED):
+        raise InputError(f"rounding={rounding!r}: {', '.join((*ROUNDINGS, *LEARNED))} are known")
     dynamic = activations == "dynamic"
     if isinstance(activations, str):
         if not dynamic:
@@ -97,7 +105,7 @@ def quantize(
         weight_ranges=weight_ranges,
         group=group,
         symmetric=symmetric,
-        rounding=rounding,
+        rounding="nearest" if rounding in LEARNED else rounding,
         layers=tuple((layers or {}).items()),
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
         saturation_free=(activations is not None or dynamic) and not machine().vnni,
@@ -113,7 +121,13 @@ def quantize(
     if target is not None and activations is None:
         raise InputError("target: weights alone are computed in float; there is nothing to measure")
     runtime = targets_for(target)[0] if target else None
-    needed = method.needs or asked.max_size is not None or restore or set(names) & NEED_DATA
+    needed = (
+        method.needs
+        or rounding in LEARNED
+        or asked.max_size is not None
+        or restore
+        or set(names) & NEED_DATA
+    )
     if data is None and (activations is not None or needed):
         raise InputError("quantize needs data: a few hundred examples that ranges are taken from")
     network = network_of(model, example, data)
@@ -135,6 +149,10 @@ def quantize(
         method, kept = restored(folded, method, statistics, batches, restore)
         said += kept
     plan, notes = method.decide(folded, statistics)
+    if rounding in LEARNED:
+        blocks, safe = LEARNED[rounding], method.saturation_free
+        learned = learn_rounding(folded, plan, batches, blocks=blocks, saturation_free=safe)
+        plan, notes = learned.plan, (*notes, *learned.notes)
     plan, added = corrected(folded, plan, names, batches)
     notes = (*network.notes, *said, *notes)
     if corrections is not None:
