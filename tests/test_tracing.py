@@ -796,3 +796,24 @@ def test_the_proof_leaves_buffers_as_they_are() -> None:
         plan.apply(original)
         assert not original.traced.module.get_buffer("total").any()
         assert not original.module.get_buffer("total").any()
+
+
+class Measuring(Base):
+    """Keeps the length of its last input, which torch.export makes a symbol of."""
+
+    length: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.length = x.shape[1]
+        return super().forward(x) * self.length
+
+
+def test_an_export_leaves_nothing_in_the_module() -> None:
+    """Symbols hold the whole export with its tensors without values, which nothing can copy."""
+    module = Measuring().eval()
+    module.a = nn.Embedding(6, WIDTH)  # of integers, whose length is free in an export
+    example = {"x": torch.arange(27).view(3, 9) % 6}
+    traced = tracing.by_export(module, example)
+    assert module.length is None
+    wanted = copy.deepcopy(module)(**example)
+    torch.testing.assert_close(traced.module(**example)[0], wanted)

@@ -5,7 +5,6 @@ linear layers and attention stay whole.
 """
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tinier.graph.around import exporting, forget, located, opened
 from tinier.graph.shapes import META, QUICK
-from tinier.graph.states import forgotten
+from tinier.graph.states import forgotten, unchanged
 
 
 class Unclear(Exception):
@@ -217,13 +216,7 @@ def _stacked(module: nn.Module, stack: list[tuple[str, tuple[str, str]]]) -> Ite
 @contextmanager
 def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Other tensors in the place of parameters and buffers; what modules keep of the run in attributes is forgotten afterwards."""
-    before: list[tuple[Any, Any]] = []
-    attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
-    for held, _ in attributes:
-        for value in held.values():
-            if type(value) in (dict, list, OrderedDict):
-                before.append((value, value.copy()))
-    try:
+    with unchanged(module):
         forgotten(module)
         for path, part in module.named_modules():
             for held in (part._parameters, part._buffers):
@@ -231,14 +224,6 @@ def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
                     if tensor is not None:
                         held[name] = tensors[f"{path}.{name}" if path else name]
         yield
-    finally:
-        # Whole: transformers notes in an attribute that it has put hooks into a dict, and one is nothing without the other.
-        for held, old in attributes:
-            held.clear()
-            held.update(old)
-        for value, old in before:
-            value.clear()
-            value.extend(old) if isinstance(value, list) else value.update(old)
 
 
 class Runner:

@@ -4,7 +4,9 @@ import contextlib
 import logging
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,31 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             vars(part).update(values)
         for name, part in module.named_modules():
             part.training = modes[name]
+
+
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """What modules keep of the runs inside, in attributes and in dicts and lists of theirs, is forgotten afterwards.
+
+    Tensors of a run without values must not stay: the network's next run, or a copy of it, would find them.
+    """
+    attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
+    held: list[tuple[Any, Any]] = [
+        (value, value.copy())
+        for now, _ in attributes
+        for value in now.values()
+        if type(value) in (dict, list, OrderedDict)
+    ]
+    try:
+        yield
+    finally:
+        # Whole: transformers notes in an attribute that it has put hooks into a dict, and one is nothing without the other.
+        for now, old in attributes:
+            now.clear()
+            now.update(old)
+        for value, old in held:
+            value.clear()
+            value.extend(old) if isinstance(value, list) else value.update(old)
 
 
 @contextlib.contextmanager

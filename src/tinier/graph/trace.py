@@ -19,7 +19,7 @@ from tinier.graph.capture import DependsOnData, capture, register
 from tinier.graph.fast import record
 from tinier.graph.functional import without_writes
 from tinier.graph.origin import line_of
-from tinier.graph.states import evaluating, quiet
+from tinier.graph.states import evaluating, quiet, unchanged
 from tinier.graph.unfuse import unfuse
 
 MOST_BATCH = 2**16  # a batch size that is free up to here is free
@@ -183,7 +183,12 @@ def _export(
     free = _dims(example) if dims is None else dims
     dynamic = {name: dict.fromkeys(free[name], Dim.AUTO) for name in example}
     # torch.export prints the graph so far of what it cannot take.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+    with (
+        quiet(),
+        contextlib.redirect_stderr(io.StringIO()),
+        torch.no_grad(),
+        unchanged(module),
+    ):
         found = torch.export.export(module, (), dict(example), dynamic_shapes=dynamic, strict=False)
         # Inside of torch.vmap tensors lack the dimension that it maps over; a run below it has the operators on whole tensors.
         mapped = any(
