@@ -260,7 +260,7 @@ def test_training_gives_quality_back_and_the_runtime_runs_it(tmp_path: Path) -> 
     model = trained(TinyCNN)
     x, test_x = (images(n, n)[0] + noise(n) for n in (512, 400))  # hard enough to be wrong
     network = Network(model, {"x": x[:2]})
-    quantized = tinier.quantize(model, (x[:2],), x[:256], bits=2, activations=3, layers={"fc": 8})
+    quantized = tinier.quantize(model, (x[:2],), x[:256], bits=2, activations=2, layers={"fc": 8})
 
     result = tinier.recover(quantized, x, epochs=20)
     assert far(result.network, network, test_x) < 0.7 * far(quantized.network, network, test_x)

@@ -11,7 +11,7 @@ from tinier.verbs.calibration import ended_early
 from tinier.verbs.smaller import Smaller
 
 # Weights that are already trained, and steps whose logarithm is learned, take smaller steps than new ones.
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 5e-3
 
 
 def is_quantized(smaller: Smaller) -> bool:
