@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils import _pytree as pytree
 
 from tinier.errors import ModelError
+from tinier.graph.around import unsaid
+from tinier.graph.states import unchanged
 
 # Operators that make numbers, or sizes, of values.
 _VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -169,7 +171,7 @@ def capture(
             changed = {name: _fresh(tensor) for name, tensor in example.items()}
             for dims, _ in others:
                 changed = _resized(changed, dims, 2)
-            if _same(module, captured, changed):
+            if same_values(module, captured, changed):
                 return captured.eval(), base.result
         if not others:
             raise ModelError(
@@ -184,7 +186,12 @@ def _record(module: nn.Module, inputs: Mapping[str, Tensor]) -> _Recording:
     buffers = {name: t.clone() for name, t in module.named_buffers(remove_duplicate=False)}
     tensors = dict(module.named_parameters(remove_duplicate=False)) | buffers
     recorder = _Recorder(inputs, tensors)
-    with torch.no_grad(), enable_python_dispatcher(), recorder:
+    with (
+        torch.no_grad(),
+        unsaid(lambda tensor: id(tensor) in recorder.follows),
+        enable_python_dispatcher(),
+        recorder,
+    ):
         result = torch.func.functional_call(module, buffers, (), inputs)
     record = recorder.record
     leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -324,14 +331,22 @@ def register(root: nn.Module, name: str, value: Tensor) -> None:
         owner.register_buffer(leaf, value)
 
 
-def _same(module: nn.Module, captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> bool:
+def has_values(module: nn.Module, example: Mapping[str, Tensor]) -> bool:
+    """Whether a network can be run: no parameter, buffer or input is on the meta device."""
+    return not any(t.is_meta for t in (*module.parameters(), *module.buffers(), *example.values()))
+
+
+def same_values(module: nn.Module, captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> bool:
     """Whether the graph computes what the module does on other inputs."""
-    buffers = {name: t.clone() for name, t in module.named_buffers(remove_duplicate=False)}
+
+    def run(part: nn.Module) -> Any:
+        buffers = {name: t.clone() for name, t in part.named_buffers(remove_duplicate=False)}
+        copies = {name: tensor.clone() for name, tensor in inputs.items()}
+        return torch.func.functional_call(part, buffers, (), copies)
+
     try:
-        with torch.no_grad():
-            copies = {name: tensor.clone() for name, tensor in inputs.items()}
-            wanted = torch.func.functional_call(module, buffers, (), copies)
-            found = captured(**{name: tensor.clone() for name, tensor in inputs.items()})
+        with torch.no_grad(), unchanged(module):
+            wanted, found = run(module), run(captured)
     # The user's code on sizes that it may not be made for.
     except Exception:
         return False
