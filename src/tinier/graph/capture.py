@@ -127,6 +127,8 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 def _makes_values(func: Any, args: tuple[Any, ...]) -> bool:
     if not _VALUES & set(func.tags):
         return str(func) in _COMPOSITE
+    if func._schema.name == "aten::one_hot":  # how many classes there are is given, or looked for
+        return len(args) < 2 or args[1] == -1
     if func._schema.name == "aten::index":  # positions have the shape of the result; a mask has not
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     return True
