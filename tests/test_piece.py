@@ -242,3 +242,27 @@ def test_a_network_with_a_piece_keeps_no_cache() -> None:
         assert torch.equal(found[:, step], logits.argmax(-1))
     with pytest.raises(InputError, match="use_cache=False"):
         pruned.model(ids, use_cache=True)
+
+
+class Steps(nn.Module):
+    """Adds positions of a length that steps of two give: every other length has them, and no graph can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.tensor([index // 2 for index in range(x.shape[1])], dtype=x.dtype)
+        q, k, v = self.qkv(x + places[:, None]).view(*x.shape[:2], 3, 4, 6).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_piece_says_which_sizes_it_needs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Steps(), nn.Linear(WIDTH, 3)).eval()
+    assert model(torch.randn(2, LENGTH + 2, WIDTH)).shape == (2, LENGTH + 2, 3)
+    pruned = tinier.prune(model, torch.randn(2, LENGTH, WIDTH)).model
+    assert isinstance(pruned[1], Piece)
+    assert pruned(torch.randn(7, LENGTH, WIDTH)).shape == (7, LENGTH, 3)
+    with pytest.raises(InputError, match=f"its argument x is 2 × 7 × .*, free × {LENGTH} × .* is"):
+        pruned(torch.randn(2, LENGTH + 2, WIDTH))

@@ -801,6 +801,7 @@ def test_the_proof_leaves_buffers_as_they_are() -> None:
 class Measuring(Base):
     """Keeps the length of its last input, which torch.export makes a symbol of."""
 
+    a: Any
     length: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -817,3 +818,68 @@ def test_an_export_leaves_nothing_in_the_module() -> None:
     assert module.length is None
     wanted = copy.deepcopy(module)(**example)
     torch.testing.assert_close(traced.module(**example)[0], wanted)
+
+
+class Apart(Base):
+    """Rows and positions one by one, put together again: as many operands as the batch has rows."""
+
+    def __init__(self, start: int, end: int, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.start, self.end, self.function = start, end, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(list(super().forward(x).unbind(self.start)), dim=self.end) * 2
+
+
+@pytest.mark.parametrize("function", [torch.cat, torch.stack])
+@pytest.mark.parametrize(("start", "end"), [(0, 0), (0, 1), (1, 0), (0, -1), (2, -2)])
+def test_what_is_taken_apart_and_put_together_is_free(
+    start: int, end: int, function: Callable[..., Tensor]
+) -> None:
+    module = Apart(start, end, function).eval()
+    traced = trace(module, {"x": torch.randn(3, 5, 6)})
+    assert traced.batched and not traced.by_export
+    x = torch.randn(4, 5, 6)
+    with torch.no_grad():
+        (found,) = traced.module(x=x)
+        torch.testing.assert_close(found, module(x))
+        # What the graph says of its result has its shape.
+        (node,) = traced.module.graph.find_nodes(op="output")
+        assert len(node.args[0][0].meta["val"].shape) == found.ndim
+
+
+class Checking(Base):
+    """Looks at values for a check and its message alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.abs().sum()
+        message = f"the sum is {total}"
+        torch._check_tensor_all(total > 0, lambda: message)
+        return super().forward(x)
+
+
+class CheckingTwoFaced(Checking):
+    """Computes something else where it is told that it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if torch.compiler.is_exporting() else 3.0)
+
+
+def test_checks_of_values_do_not_stop_a_recording() -> None:
+    format_, check_ = Tensor.__format__, torch._check_tensor_all_with
+    module, x = Checking().eval(), torch.randn(5, 6)
+    traced = trace(module, {"x": torch.randn(3, 6)})
+    assert traced.batched and not traced.by_export
+    with torch.no_grad():
+        torch.testing.assert_close(traced.module(x=x)[0], module(x))
+    assert (Tensor.__format__, torch._check_tensor_all_with) == (format_, check_)
+    with pytest.raises(RuntimeError, match="the sum is 0"):
+        module(torch.zeros(3, 6))
+
+
+def test_a_network_with_two_faces_is_traced_as_it_runs() -> None:
+    module, x = CheckingTwoFaced().eval(), torch.randn(5, 6)
+    traced = trace(module, {"x": torch.randn(3, 6)})
+    assert traced.batched
+    with torch.no_grad():
+        torch.testing.assert_close(traced.module(x=x)[0], module(x))

@@ -15,7 +15,7 @@ from tinier.edits.stock_sizes import Size, choices, sizes_of_modules
 from tinier.graph.macs import module_path
 from tinier.graph.rules import operator_name
 from tinier.graph.states import evaluating, repeatable
-from tinier.graph.trace import Traced, isolated
+from tinier.graph.trace import Traced, is_free, isolated
 from tinier.modules.attention import NarrowAttention
 from tinier.modules.piece import Form, Piece
 
@@ -292,14 +292,18 @@ def _piece(
     made: dict[fx.Node, fx.Node] = {}
     lengths: list[tuple[Any, fx.Node, int]] = []  # free ones, and where a placeholder has them
     order = sorted(call.inputs)
+    sizes: list[tuple[int | None, ...]] = []
     for index in order:
+        fixed: list[int | None] = []
         holder = graph.placeholder(f"argument_{index}")
         made |= dict.fromkeys((small[old.name] for old in call.inputs[index]), holder)
         source = call.inputs[index][0]
         for dim, axis in enumerate(run.of(source)):
             length: Any = source.meta["val"].shape[dim]
+            fixed.append(None if is_free(length) or run.changed(axis) else int(length))
             if not isinstance(length, int) and not run.changed(axis):
                 lengths.append((length.node.expr, holder, dim))
+        sizes.append(tuple(fixed))
     ends = [small[node.name] for node in call.outputs.values()]
     # What writes into tensors in place may matter without being read.
     writes = [node for node in whole.graph.nodes if _writes(node) and path in _stack(node)]
@@ -338,7 +342,7 @@ def _piece(
         for index, leaf in enumerate(call.results)
     ]
     form = Form(layer, call.arguments, call.arguments_spec, call.results_spec)
-    return Piece(layer, path, graph, constants, order, outputs, form)
+    return Piece(layer, path, graph, constants, order, outputs, form, sizes)
 
 
 def _length(

@@ -60,6 +60,40 @@ def exporting() -> Iterator[None]:
 
 
 @contextmanager
+def unsaid(unknown: Callable[[Tensor], bool]) -> Iterator[list[str]]:
+    """Checks of values that a trace does not know pass, and texts have a mark in their place: both are for messages to the user.
+
+    Args:
+        unknown: whether the values of a tensor are not known.
+
+    Yields:
+        What was asked for so, filled inside: a network that asks may take another way where it is told.
+    """
+    asked: list[str] = []
+    check, write = torch._check_tensor_all_with, Tensor.__format__
+
+    def checked(error: type[Exception], condition: Any, message: Any = None) -> None:
+        if isinstance(condition, Tensor) and unknown(condition):
+            asked.append("check")
+        else:
+            check(error, condition, message)
+
+    def written(tensor: Tensor, form: str) -> str:
+        if not unknown(tensor):
+            return write(tensor, form)
+        asked.append("text")
+        return f"<unknown value {len(asked)}>"  # never twice the same, should it be a key
+
+    torch._check_tensor_all_with = checked  # type: ignore[assignment]
+    Tensor.__format__ = written  # type: ignore[method-assign]
+    try:
+        yield asked
+    finally:
+        torch._check_tensor_all_with = check
+        Tensor.__format__ = write  # type: ignore[method-assign]
+
+
+@contextmanager
 def opened() -> Iterator[None]:
     """Torch's own encoder layers as the operators that they are made of, and not as one that is for inference alone."""
     before = torch.backends.mha.get_fastpath_enabled()
@@ -68,6 +102,12 @@ def opened() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def without_values(tensor: Tensor) -> bool:
+    """Whether a tensor is on the meta device, whatever it says itself."""
+    is_meta: Any = TensorBase.is_meta  # the attribute itself, which answers for a tensor
+    return bool(is_meta.__get__(tensor))
 
 
 def forget(made: Sequence[weakref.ref[Tensor]], stays: Any) -> None:

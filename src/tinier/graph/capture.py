@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils import _pytree as pytree
 
 from tinier.errors import ModelError
+from tinier.graph.around import unsaid
+from tinier.graph.states import unchanged
 
 # Operators that make numbers, or sizes, of values.
 _VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -125,6 +127,8 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 def _makes_values(func: Any, args: tuple[Any, ...]) -> bool:
     if not _VALUES & set(func.tags):
         return str(func) in _COMPOSITE
+    if func._schema.name == "aten::one_hot":  # how many classes there are is given, or looked for
+        return len(args) < 2 or args[1] == -1
     if func._schema.name == "aten::index":  # positions have the shape of the result; a mask has not
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     return True
@@ -169,7 +173,7 @@ def capture(
             changed = {name: _fresh(tensor) for name, tensor in example.items()}
             for dims, _ in others:
                 changed = _resized(changed, dims, 2)
-            if _same(module, captured, changed):
+            if same_values(module, captured, changed):
                 return captured.eval(), base.result
         if not others:
             raise ModelError(
@@ -184,7 +188,12 @@ def _record(module: nn.Module, inputs: Mapping[str, Tensor]) -> _Recording:
     buffers = {name: t.clone() for name, t in module.named_buffers(remove_duplicate=False)}
     tensors = dict(module.named_parameters(remove_duplicate=False)) | buffers
     recorder = _Recorder(inputs, tensors)
-    with torch.no_grad(), enable_python_dispatcher(), recorder:
+    with (
+        torch.no_grad(),
+        unsaid(lambda tensor: id(tensor) in recorder.follows),
+        enable_python_dispatcher(),
+        recorder,
+    ):
         result = torch.func.functional_call(module, buffers, (), inputs)
     record = recorder.record
     leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -324,14 +333,22 @@ def register(root: nn.Module, name: str, value: Tensor) -> None:
         owner.register_buffer(leaf, value)
 
 
-def _same(module: nn.Module, captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> bool:
+def has_values(module: nn.Module, example: Mapping[str, Tensor]) -> bool:
+    """Whether a network can be run: no parameter, buffer or input is on the meta device."""
+    return not any(t.is_meta for t in (*module.parameters(), *module.buffers(), *example.values()))
+
+
+def same_values(module: nn.Module, captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> bool:
     """Whether the graph computes what the module does on other inputs."""
-    buffers = {name: t.clone() for name, t in module.named_buffers(remove_duplicate=False)}
+
+    def run(part: nn.Module) -> Any:
+        buffers = {name: t.clone() for name, t in part.named_buffers(remove_duplicate=False)}
+        copies = {name: tensor.clone() for name, tensor in inputs.items()}
+        return torch.func.functional_call(part, buffers, (), copies)
+
     try:
-        with torch.no_grad():
-            copies = {name: tensor.clone() for name, tensor in inputs.items()}
-            wanted = torch.func.functional_call(module, buffers, (), copies)
-            found = captured(**{name: tensor.clone() for name, tensor in inputs.items()})
+        with torch.no_grad(), unchanged(module):
+            wanted, found = run(module), run(captured)
     # The user's code on sizes that it may not be made for.
     except Exception:
         return False

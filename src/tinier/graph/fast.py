@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tinier.graph.record import Recording, Runner
+from tinier.graph.capture import has_values, same_values
+from tinier.graph.record import Recording, Runner, Unclear
 from tinier.graph.recorded import Builder, Unconfirmed, other_size
 
 Place = tuple[str, int]  # an input and one of its dimensions
@@ -31,25 +32,34 @@ def record(
         memory) and copies of its buffers; and what the network returned, without values.
 
     Raises:
-        Unclear: the recordings differ in more than sizes, or it writes to inputs or buffers.
+        Unclear: the recordings differ in more than sizes, it writes to inputs or buffers, or it computes something else where the values
+            that it checks are not known.
         Exception: whatever the network raises where it needs values.
 
     Cost:
-        Two runs without values, and one more for each free size but a lone batch: milliseconds for a hundred operators.
+        Two runs without values, and one more for each free size but a lone batch: milliseconds for a hundred operators. A run of the
+        network, and one of the graph, where it asks for values to check them.
     """
     run = Runner(module, example)
     places = _places(example, free)
     more = [p for p in _places(example, perhaps or (lambda _: range(0))) if p not in places]
     try:
-        base = run({})
-        lengths = _taken(run, base, places, more)
-        if lengths:
-            # Numbers may follow a length by no line: then it is fixed.
-            with suppress(Exception):
-                return _graph(run, base, [*places, *lengths], lengths)
-        return _graph(run, base, places, [])
+        found = _recorded(run, places, more)
     finally:
         run.forget()
+    if run.asked and has_values(module, example) and not same_values(module, found[0], example):
+        raise Unclear("where it cannot look at values it computes something else")
+    return found
+
+
+def _recorded(run: Runner, places: list[Place], more: list[Place]) -> tuple[fx.GraphModule, Any]:
+    base = run({})
+    lengths = _taken(run, base, places, more)
+    if lengths:
+        # Numbers may follow a length by no line: then it is fixed.
+        with suppress(Exception):
+            return _graph(run, base, [*places, *lengths], lengths)
+    return _graph(run, base, places, [])
 
 
 def _places(example: Mapping[str, Tensor], free: Callable[[Tensor], range]) -> list[Place]:

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules import module as hooks
 from torch.utils import _pytree as pytree
 
-from tinier.graph.around import exporting, forget, located, opened
+from tinier.graph.around import exporting, forget, located, opened, unsaid, without_values
 from tinier.graph.shapes import META, QUICK
 from tinier.graph.states import forgotten, unchanged
 
@@ -232,6 +232,7 @@ class Runner:
     def __init__(self, module: nn.Module, example: Mapping[str, Tensor]) -> None:
         self.module, self.example = module, example
         self.results: list[Any] = []
+        self.asked = False  # whether the network wanted values for checks or messages
         self.without_values: list[weakref.ref[Tensor]] = []  # what recordings made
         self.own: dict[str, Tensor] = {}
         self.known: dict[int, tuple[Tensor, str]] = {}
@@ -281,6 +282,7 @@ class Runner:
             torch.random.fork_rng(devices=[]),
             torch.no_grad(),
             exporting(),
+            unsaid(without_values) as asked,
             opened(),
             _swapped(self.module, self.own),
             # Which modules ran is the same at every size.
@@ -290,6 +292,7 @@ class Runner:
             nullcontext() if self.device == META else located(self.device, lambda: recorder.inside),
         ):
             result = self.module(**inputs)
+        self.asked |= bool(asked)
         record = recorder.record
         record.result = result
         for leaf in pytree.tree_leaves(result):
@@ -300,19 +303,31 @@ class Runner:
 
 def refs(recording: Recording) -> Iterator[Ref]:
     for step in recording.steps:
-        yield from _refs_in((step.args, step.kwargs))
+        yield from refs_in((step.args, step.kwargs))
     yield from recording.outputs
 
 
-def _refs_in(value: Any) -> Iterator[Ref]:
+def refs_in(value: Any) -> Iterator[Ref]:
+    """The references to tensors in an argument."""
     if isinstance(value, Ref):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _refs_in(item)
+            yield from refs_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _refs_in(item)
+            yield from refs_in(item)
+
+
+def map_refs(value: Any, moved: Mapping[Ref, Ref]) -> Any:
+    """An argument with other references in the place of some."""
+    if isinstance(value, Ref):
+        return moved.get(value, value)
+    if isinstance(value, list | tuple):
+        return type(value)([map_refs(item, moved) for item in value])
+    if isinstance(value, dict):
+        return {key: map_refs(item, moved) for key, item in value.items()}
+    return value
 
 
 def used(recording: Recording) -> set[str]:

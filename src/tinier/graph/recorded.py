@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tinier.graph.capture import register
 from tinier.graph.record import Recording, Ref, Runner, Shape, Step, Unclear, refs, shape_of, used
+from tinier.graph.rejoined import rejoined
 from tinier.graph.shapes import META
 
 aten = torch.ops.aten
@@ -76,7 +77,7 @@ class Builder:
         far: Mapping[tuple[str, int], int] | None = None,
         checks: Sequence[Mapping[tuple[str, int], int]] = (),
     ) -> None:
-        self.run, self.groups, self.recordings = run, groups, recordings
+        self.run, self.groups, self.recordings = run, groups, [rejoined(r) for r in recordings]
         example = run.example
         self.old = [example[dims[0][0]].shape[dims[0][1]] for dims in groups]
         self.far = [far[dims[0]] for dims in groups] if far else []

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from tinier.errors import ModelError
-from tinier.graph.capture import DependsOnData, capture, register
+from tinier.graph.capture import DependsOnData, capture, has_values, register, same_values
 from tinier.graph.fast import record
 from tinier.graph.functional import without_writes
 from tinier.graph.origin import line_of
@@ -107,6 +107,12 @@ def by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     try:
         exported = _export(module, example)
         graph = plain(exported.module(check_guards=False), names)
+        if has_values(module, example) and not same_values(module, graph, example):
+            # It asks whether it is exported, and computes something else then.
+            with contextlib.suppress(Exception):
+                captured, result = _captured(module, example, ModelError("another graph"))
+                exported = _export(captured, example)
+                graph = plain(exported.module(check_guards=False), names)
     # The user's code runs inside, and torch.export has no common base for what stops it.
     except Exception as error:
         captured, result = _captured(module, example, error)
@@ -215,7 +221,7 @@ def _captured(
     module: nn.Module, example: Mapping[str, Tensor], error: Exception
 ) -> tuple[nn.Module, Any]:
     """The network as a recorded run of it; raises ModelError, with what stopped torch.export, where there is none."""
-    if any(t.is_meta for t in (*module.parameters(), *module.buffers(), *example.values())):
+    if not has_values(module, example):
         raise _refusal(error) from error  # there is nothing to run
     free = []
     for dim in range(max(tensor.ndim for tensor in example.values())):

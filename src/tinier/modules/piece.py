@@ -170,6 +170,7 @@ class Piece(nn.Module):
         inputs: for each placeholder, which leaf of (args, kwargs) it is.
         outputs: leaves of the result: (True, position in the graph's output) or (False, a value).
         form: the call that was recorded.
+        sizes: for each placeholder the sizes that the graph was made for; None where it takes any.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class Piece(nn.Module):
         inputs: Sequence[int],
         outputs: Sequence[tuple[bool, Any]],
         form: Form,
+        sizes: Sequence[tuple[int | None, ...]],
     ) -> None:
         super().__init__()
         self.replaced: str = type(source).__name__
@@ -197,6 +199,7 @@ class Piece(nn.Module):
                 self._hold(name, tensor, name in source.state_dict())
         self._piece, self._form, self._where = graph, form, f"{where} ({self.replaced})"
         self._inputs, self._outputs = tuple(form.places[i] for i in inputs), tuple(outputs)
+        self._sizes = tuple(sizes)
         self.training = source.training
 
     def _hold(self, name: str, tensor: Tensor, persistent: bool) -> None:
@@ -216,14 +219,27 @@ class Piece(nn.Module):
 
         Raises:
             InputError: the arguments are put together otherwise than in the recorded call, such as a mask or a cache where there was none,
-                or a value among them that is no tensor is another one.
+                a value among them that is no tensor is another one, or a tensor has a size that the graph was not made for.
         """
         given = self._form.bound(args, kwargs)
         self._form.check(self._where, given)
         tensors = [_at(given, place) for place in self._inputs]
+        for place, tensor, sizes in zip(self._inputs, tensors, self._sizes, strict=True):
+            self._check_sizes(place[0], tensor, sizes)
         found = _Run(self, graph=self._piece).run(*tensors)
         values = [found[value] if computed else value for computed, value in self._outputs]
         return pytree.tree_unflatten(values, self._form.result)
+
+    def _check_sizes(self, name: str, tensor: Tensor, sizes: tuple[int | None, ...]) -> None:
+        # A size of 1 is spread over any.
+        if any(
+            size not in (None, 1, length) for size, length in zip(sizes, tensor.shape, strict=True)
+        ):
+            wanted = " × ".join("free" if size is None else str(size) for size in sizes)
+            raise InputError(
+                f"{self._where}: its argument {name} is {' × '.join(map(str, tensor.shape))}, {wanted} is needed: the traced graph that "
+                "stands there has these sizes from the example; cut again with an example of the sizes that you need"
+            )
 
     def extra_repr(self) -> str:
         """The class that it stands for."""
