@@ -1,5 +1,6 @@
 """The page beside a quantized artifact: its figures are the record's, and names cannot break it."""
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import tinier
+from tinier.cli.quantize import show
 from tinier.report import words
 from tinier.report.quantization import CAUSES, MOST, quantization_html
 from tinier.verbs.delivery import PAGE, RECORD, integer_macs
@@ -130,6 +133,17 @@ def test_multiplications_in_integers_by_hand() -> None:
     assert integer_macs(every) == (whole, whole)
     part = tinier.quantize(cnn(), IMAGES[:2], IMAGES, exclude=["4"])
     assert integer_macs(part) == (convolution + last, whole)
+
+
+def test_the_command_line_says_how_much_is_computed_in_integers(tmp_path: Path) -> None:
+    part = tinier.quantize(cnn(), IMAGES[:2], IMAGES, exclude=["4"])
+    done = tinier.deliver(part, tmp_path / "out", data=IMAGES)
+    console = Console(file=io.StringIO(), width=200)
+    show(part, done, console)
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    # 9,216 of the convolution and 80 of the last layer; 128 of the hidden one are float.
+    assert "MACs in integers: 98.6% (9,296 of 9,424)" in said
 
 
 def test_bars_are_stacked_in_the_order_given_and_the_rest_is_one() -> None:
