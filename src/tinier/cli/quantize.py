@@ -181,12 +181,16 @@ def show(smaller: Smaller, done: Delivered, console: Console) -> None:
         counts[bits] = counts.get(bits, 0) + 1
     said = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(counts.items()))
     console.print(f"weights: {said}; activations rounded: {facts['activations']}")
+    integer, every = facts["macs"]["integer"], facts["macs"]["all"]
+    if every:
+        console.print(f"MACs in integers: {integer / every:.1%} ({integer:,} of {every:,})")
     for note in smaller.notes:
         console.print(words.clean(note), style="dim", soft_wrap=True)
     if done.attribution is not None:
         console.print(_table(done))
     console.print(
-        f"\nThe result is in {done.folder}; README.md there says how to run it.", soft_wrap=True
+        f"\nThe result is in {done.folder}; README.md there says how to run it, report.html shows what was measured.",
+        soft_wrap=True,
     )
 
 

@@ -11,6 +11,7 @@ from tinier.edits.base import Plan
 from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight, refuse_quantized
 from tinier.errors import InputError, RefusedError
 from tinier.graph.fold import fold
+from tinier.graph.layers import linear_layer
 from tinier.graph.placement import ROLES, Placement, place
 from tinier.graph.stored import Store, stored
 from tinier.methods.base import Method, covers, must_exist
@@ -109,15 +110,21 @@ class Quantization(Method):
     @property
     def needs(self) -> frozenset[str]:
         """What of ``statistics.observe`` the weights need, beside the ranges of activations."""
-        asked = self.weight_ranges == "importance" or self.rounding == "error_feedback"
-        return frozenset({"gram"} if asked else ())
+        return frozenset({"gram"} if self.rounding == "error_feedback" else ())
+
+    @property
+    def collects(self) -> frozenset[str]:
+        """What of ``statistics.collect`` the weights need: moments of columns take flat memory, and there are some of layers that have no
+        Gram matrix."""
+        return frozenset({"columns"} if self.weight_ranges == "importance" else ())
 
     def plan(self, network: Network, statistics: Statistics | None = None) -> Plan:
         """Choose the scales.
 
         Args:
             network: a float network; left as it is.
-            statistics: of this network: from `tinier.statistics.collect` for activations, from ``observe`` what ``needs`` says.
+            statistics: of this network: from `tinier.statistics.collect` for activations and what ``collects`` says, from ``observe`` what
+                ``needs`` says.
 
         Raises:
             InputError: statistics are missing, a pattern is of nothing, or a group size does not divide.
@@ -130,9 +137,11 @@ class Quantization(Method):
     ) -> tuple[Plan, tuple[str, ...]]:
         """As ``plan``, and what there is to say of single layers."""
         refuse_quantized(network)
-        if statistics is None and (self.activations is not None or self.needs):
+        if statistics is None and (self.activations is not None or self.needs or self.collects):
             raise InputError("quantization needs data: statistics=collect(network, batches)")
         module = fold(network.traced.module)
+        if self.collects and statistics is not None:
+            self._weighable(module, statistics)
         names = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
         must_exist((*self.exclude, *(pattern for pattern, _ in self.layers)), network, names)
         placement = Placement()
@@ -175,6 +184,14 @@ class Quantization(Method):
                     names.add(store.name)
                     readers.setdefault(source.name, []).append(node.name)
         return names, [QuantizeDynamically(n, tuple(found)) for n, found in readers.items()]
+
+    def _weighable(self, module: fx.GraphModule, statistics: Statistics) -> None:
+        layers = any(linear_layer(node) is not None for node in module.graph.nodes)
+        if layers and not statistics.columns and not statistics.grams:
+            raise InputError(
+                'weight_ranges="importance": the statistics have no moments of columns; '
+                'collect(network, batches, needs=("columns",)) gives them'
+            )
 
     def bits_of(self, name: str) -> int:
         """Bits of a weight; 0 where it stays float."""

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from tinier.edits.base import Values
 from tinier.edits.pairs import as_matrix
 from tinier.edits.quantize import QuantizeWeight
-from tinier.errors import InputError, RefusedError
+from tinier.errors import DataError, InputError, RefusedError
 from tinier.graph.fold import parameter_of, read
 from tinier.graph.layers import linear_layer
 from tinier.graph.placement import ROLES
@@ -76,11 +76,13 @@ def integers_of(
         module: the folded graph.
         store: the weight.
         scheme: how.
-        statistics: with Gram matrices of the inputs for error feedback and ranges weighted by importance.
+        statistics: with Gram matrices of the inputs for error feedback; ranges weighted by importance take their diagonals, or the moments
+            of the columns where there are none.
         steps: node → scale of its values, of those that are quantized.
 
     Raises:
         RefusedError: the weight is not finite.
+        DataError: what it is multiplied with is not finite.
         InputError: the group size does not divide the inputs.
     """
     weight = read(module, store.name)
@@ -88,8 +90,14 @@ def integers_of(
     if not bool(torch.isfinite(weight).all()):
         raise RefusedError(f"{store.name} has NaN or infinity; the network cannot be quantized")
     matrix = as_matrix(weight.detach(), store.axis)
-    grams = _grams(store, statistics, matrix.shape[1])
-    importance = _importance(grams, len(matrix)) if scheme.ranges == "importance" else None
+    order = _order(store, weight)
+    grams = _grams(store, statistics, order)
+    importance = None
+    if scheme.ranges == "importance":
+        squares = _squares(store, statistics, order)
+        if grams is not None:
+            squares = grams.diagonal(dim1=-2, dim2=-1)  # (g, n)
+        importance = _importance(store, squares, len(matrix))
     rule = "mse" if scheme.ranges == "importance" else scheme.ranges
     try:
         groups = _groups(store, scheme, matrix.shape[1])
@@ -141,24 +149,52 @@ def _groups(store: Store, scheme: Scheme, columns: int) -> int:
     return group_count(columns, scheme.group)
 
 
-def _grams(store: Store, statistics: Statistics | None, columns: int) -> Tensor | None:
+def _order(store: Store, weight: Tensor) -> Tensor:
+    """(n,) int64: for each column of a weight's matrix, where statistics have what it is multiplied with.
+
+    A transposed convolution is computed as a plain one with its kernel turned round, whose windows the statistics are of.
+    """
+    shape = weight.movedim(store.axis, 0).shape[1:]
+    order = torch.arange(shape.numel()).reshape(shape)
+    return (
+        order.flip(list(range(1, len(shape)))) if store.kind == "transposed" else order
+    ).flatten()
+
+
+def _grams(store: Store, statistics: Statistics | None, order: Tensor) -> Tensor | None:
     """(g, n, n) mean of x xᵀ over all that the readers of a weight see; None where it is not known."""
     total: Tensor | None = None
     rows = 0
     for reader in store.readers if statistics is not None else ():
         gram = statistics.grams.get(reader)  # type: ignore[union-attr]
-        if gram is None or gram.products.shape[-1] != columns:
+        if gram is None or gram.products.shape[-1] != len(order):
             return None
         total = gram.products if total is None else total + gram.products
         rows += gram.rows
-    return None if total is None else total / max(rows, 1)
+    return None if total is None else total[:, order][:, :, order] / max(rows, 1)
 
 
-def _importance(grams: Tensor | None, rows: int) -> Tensor | None:
-    """(m, n) mean square of what each weight is multiplied with."""
-    if grams is None:
+def _squares(store: Store, statistics: Statistics | None, order: Tensor) -> Tensor | None:
+    """(g, n) mean of x² over all that the readers of a weight see; None where it is not known."""
+    total: Tensor | None = None
+    rows = 0
+    for reader in store.readers if statistics is not None else ():
+        moments = statistics.columns.get(reader)  # type: ignore[union-attr]
+        if moments is None or len(moments.squares) % len(order):
+            return None
+        total = moments.squares if total is None else total + moments.squares
+        rows += moments.count
+    return None if total is None else total.view(-1, len(order))[:, order] / max(rows, 1)
+
+
+def _importance(store: Store, squares: Tensor | None, rows: int) -> Tensor | None:
+    """(m, n) mean square of what each weight is multiplied with, from that of each group, (g, n)."""
+    if squares is None or rows % len(squares):
         return None
-    squares = grams.diagonal(dim1=-2, dim2=-1)  # (g, n)
+    if not bool(torch.isfinite(squares).all()):
+        raise DataError(
+            f"{store.name}: NaN or infinity in what it is multiplied with; remove such examples, or exclude the layer"
+        )
     return squares.repeat_interleave(rows // len(squares), 0).float()
 
 

@@ -5,20 +5,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight
 from tinier.errors import InputError
+from tinier.graph.fold import fold
+from tinier.graph.macs import macs
+from tinier.graph.placement import place
+from tinier.graph.rules import operator_name
 from tinier.measure.attribution import Attribution, attribute
 from tinier.measure.parity import Parity, parity
 from tinier.network import Network
 from tinier.output import check_output, whole
+from tinier.report.quantization import quantization_html
 from tinier.targets.base import Artifact, targets_for
 from tinier.verbs.calibration import batches_of, calibration
 from tinier.verbs.disk import OURS, write_parts
 from tinier.verbs.smaller import Smaller
 
 RECORD = "quantization.json"
+PAGE = "report.html"
 BATCHES = (1, 16)  # of the parity gate
 FEW = 32  # examples that the loss is attributed on
 
@@ -42,7 +48,9 @@ class Delivered:
     attribution: Attribution | None
 
     def as_dict(self, smaller: Smaller) -> dict[str, Any]:
-        """JSON-able: sizes, parity, layers, attribution."""
+        """JSON-able: sizes, parity, bits, MACs, what stayed float and why, attribution."""
+        integer, all_macs = integer_macs(smaller)
+        pairs = [e for e in smaller.plan.edits if isinstance(e, Quantize | QuantizeDynamically)]
         weights = [e for e in smaller.plan.edits if isinstance(e, QuantizeWeight)]
         return {
             "name": smaller.original.name,
@@ -56,9 +64,11 @@ class Delivered:
                 for name, artifact in self.artifacts.items()
             },
             "weights": {e.tensor: (e.high - e.low).bit_length() for e in weights},
-            "activations": sum(
-                isinstance(e, Quantize | QuantizeDynamically) for e in smaller.plan.edits
-            ),
+            "activations": len(pairs),
+            "activation_bits": {e.tensor: _activation_bits(e) for e in pairs},
+            "dynamic": sum(isinstance(e, QuantizeDynamically) for e in pairs),
+            "macs": {"integer": integer, "all": all_macs},
+            "float": [list(row) for row in _float_operators(smaller)],
             "attribution": None if self.attribution is None else self.attribution.as_dict(),
             "notes": list(smaller.notes),
         }
@@ -77,7 +87,8 @@ def deliver(
 
     Args:
         smaller: what ``quantize`` gave.
-        folder: to make: the artifact, float weights to train on (safetensors), the plan, a record, how to run it.
+        folder: to make: the artifact, float weights to train on (safetensors), the plan, a record and the same as a page
+            (``report.html``), how to run it.
         data: examples to compare on and to attribute the loss with; None for the example inputs.
         target: a runtime, or "cpu" for every one that is installed.
         threads: of the sessions.
@@ -122,8 +133,44 @@ def deliver(
         write_parts(smaller, made)
         facts = delivered.as_dict(smaller)
         (made / RECORD).write_text(json.dumps(facts, indent=1, default=str) + "\n")
+        (made / PAGE).write_text(quantization_html(facts), encoding="utf-8")
         (made / "README.md").write_text(_readme(smaller, artifacts), encoding="utf-8")
     return delivered
+
+
+def _activation_bits(edit: Quantize | QuantizeDynamically) -> int:
+    return (edit.high - edit.low).bit_length() if isinstance(edit, Quantize) else 8
+
+
+def integer_macs(smaller: Smaller) -> tuple[int, int]:
+    """Multiply-accumulates at batch 1 of which both factors are integers, as quantize/dequantize pairs say; and all."""
+    counts = macs((smaller.trainable or smaller.network).traced)
+    nodes = {node.name: node for node in smaller.network.traced.module.graph.nodes}
+    integer = sum(
+        count for name, count in counts.items() if name in nodes and _of_integers(nodes[name])
+    )
+    return integer, sum(counts.values())
+
+
+def _of_integers(node: fx.Node) -> bool:
+    first = 1 if operator_name(node) in ("addmm", "baddbmm", "addmv") else 0
+    return all(_dequantized(source) for source in node.args[first : first + 2])
+
+
+def _dequantized(source: Any) -> bool:
+    while isinstance(source, fx.Node) and operator_name(source) in ("t", "transpose", "permute"):
+        source = source.args[0]
+    return isinstance(source, fx.Node) and operator_name(source).startswith("dequantize")
+
+
+def _float_operators(smaller: Smaller) -> list[tuple[str, str, str]]:
+    """(node, operator, reason) of those that stayed float where activations are quantized."""
+    pairs = any(isinstance(edit, Quantize) for edit in smaller.plan.edits)
+    if not pairs or smaller.trainable is None:
+        return []
+    integers = {e.tensor for e in smaller.plan.edits if isinstance(e, QuantizeWeight)}
+    module = fold(smaller.trainable.traced.module)
+    return place(module, lambda name: name not in integers).skipped
 
 
 def _examples(network: Network, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -153,6 +200,7 @@ def _readme(smaller: Smaller, artifacts: dict[str, Artifact]) -> str:
         (runtime,) = targets_for(name)
         parts.append(f"## {name}\n\n```python\n{runtime.usage(artifact, smaller.network)}\n```")
     parts.append(
-        f"`model.safetensors` has the float weights, to train on, and `plan.json` every decision; `{RECORD}` what was measured."
+        f"`model.safetensors` has the float weights, to train on, and `plan.json` every decision; `{RECORD}` what was measured, which "
+        f"`{PAGE}` shows."
     )
     return "\n\n".join(parts) + "\n"

@@ -23,7 +23,7 @@ from tinier.targets.onnxruntime import OnnxRuntime
 from tinier.verbs.smaller import Smaller, network_of
 
 OURS = {PLAN, WEIGHTS, *COMPANIONS, "model.onnx", "model.pt2", "model.keras", "README.md"}
-OURS |= {"quantization.json", "openvino_model.xml", "openvino_model.bin"}
+OURS |= {"quantization.json", "openvino_model.xml", "openvino_model.bin", "report.html"}
 
 
 def save(smaller: Smaller | Network, folder: str | Path) -> None:

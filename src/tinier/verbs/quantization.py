@@ -86,7 +86,7 @@ def quantize(
 
     Cost:
         A run of the network over the data; for corrections about ten over 64 to 128 examples; with error feedback one more and, for each
-        layer, 8 · (inputs · kernel)² bytes.
+        layer, 8 · (inputs · kernel)² bytes; with ranges by importance 32 bytes for each column of a layer.
     """
     if rounding not in (*ROUNDINGS, *LEARNED):
         raise InputError(f"rounding={rounding!r}: {', '.join((*ROUNDINGS, *LEARNED))} are known")
@@ -121,13 +121,8 @@ def quantize(
     if target is not None and activations is None:
         raise InputError("target: weights alone are computed in float; there is nothing to measure")
     runtime = targets_for(target)[0] if target else None
-    needed = (
-        method.needs
-        or rounding in LEARNED
-        or asked.max_size is not None
-        or restore
-        or set(names) & NEED_DATA
-    )
+    statistical = method.needs | method.collects | (set(names) & NEED_DATA)
+    needed = statistical or rounding in LEARNED or asked.max_size is not None or restore
     if data is None and (activations is not None or needed):
         raise InputError("quantize needs data: a few hundred examples that ranges are taken from")
     network = network_of(model, example, data)
@@ -168,7 +163,12 @@ def _statistics(
     batches: list[dict[str, Tensor]],
     needs: frozenset[str],
 ) -> Statistics:
-    found = Statistics({}, 0) if method.activations is None else collect(network, batches)
+    found = Statistics({}, 0)
+    if method.activations is not None or method.collects:
+        watched = None if method.activations is not None else ()  # no activation is quantized
+        found = collect(network, batches, watched, method.collects)
     if needs:
-        found = replace(observe(network, batches, needs), activations=found.activations)
+        found = replace(
+            observe(network, batches, needs), activations=found.activations, columns=found.columns
+        )
     return found
