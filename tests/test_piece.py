@@ -262,7 +262,7 @@ def test_a_piece_says_which_sizes_it_needs() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Steps(), nn.Linear(WIDTH, 3)).eval()
     assert model(torch.randn(2, LENGTH + 2, WIDTH)).shape == (2, LENGTH + 2, 3)
     pruned = tinier.prune(model, torch.randn(2, LENGTH, WIDTH)).model
-    assert isinstance(pruned[1], Piece)
+    assert isinstance(pruned.get_submodule("1"), Piece)
     assert pruned(torch.randn(7, LENGTH, WIDTH)).shape == (7, LENGTH, 3)
     with pytest.raises(InputError, match=f"its argument x is 2 × 7 × .*, free × {LENGTH} × .* is"):
         pruned(torch.randn(2, LENGTH + 2, WIDTH))

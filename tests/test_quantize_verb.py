@@ -176,6 +176,7 @@ def test_after_pruning_and_back_to_training(tmp_path: Path) -> None:
     assert found.original is pruned.original and found.trainable is pruned.network
     done = tinier.deliver(found, tmp_path / "out", data=IMAGES, attribution=True)
     assert done.attribution is not None and done.attribution.layers
+    assert done.artifacts["onnxruntime"].files == (tmp_path / "out" / "model.onnx",)
     again = tinier.load(tmp_path / "out", into=model, example=IMAGES[:2])
     assert torch.equal(again.model(IMAGES), pruned.model(IMAGES)), "the float network comes back"
     record = json.loads((tmp_path / "out" / RECORD).read_text())

@@ -1,7 +1,7 @@
 """A quantized network delivered: its artifact for a runtime, run there and compared with the simulation before anything is written."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,13 @@ def deliver(
         (made / RECORD).write_text(json.dumps(facts, indent=1, default=str) + "\n")
         (made / PAGE).write_text(quantization_html(facts), encoding="utf-8")
         (made / "README.md").write_text(_readme(smaller, artifacts), encoding="utf-8")
-    return delivered
+    return replace(
+        delivered,
+        artifacts={
+            name: replace(a, files=tuple(path / file.name for file in a.files))
+            for name, a in artifacts.items()
+        },
+    )
 
 
 def _activation_bits(edit: Quantize | QuantizeDynamically) -> int:
