@@ -124,6 +124,10 @@ def test_the_page_without_attribution_and_a_second_delivery(tmp_path: Path) -> N
     text = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     assert "Which layer" not in text and "3 weights at 4 bits" in text
     assert "Activations stay float" in text and integer_macs(smaller)[0] == 0
+    dynamic = tinier.quantize(cnn(), IMAGES[:2], activations="dynamic")
+    tinier.deliver(dynamic, tmp_path / "out", data=IMAGES, attribution=True)
+    text = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    assert "2 activations at 8 bits, 2 in the range of each run" in text
 
 
 def test_multiplications_in_integers_by_hand() -> None:
@@ -133,6 +137,8 @@ def test_multiplications_in_integers_by_hand() -> None:
     assert integer_macs(every) == (whole, whole)
     part = tinier.quantize(cnn(), IMAGES[:2], IMAGES, exclude=["4"])
     assert integer_macs(part) == (convolution + last, whole)
+    dynamic = tinier.quantize(cnn(), IMAGES[:2], activations="dynamic")
+    assert integer_macs(dynamic) == (hidden + last, whole), "products alone"
 
 
 def test_the_command_line_says_how_much_is_computed_in_integers(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight
 from tinier.errors import InputError
+from tinier.graph.dynamic import ROUND
 from tinier.graph.fold import fold
 from tinier.graph.macs import macs
 from tinier.graph.placement import place
@@ -166,7 +167,9 @@ def _of_integers(node: fx.Node) -> bool:
 def _dequantized(source: Any) -> bool:
     while isinstance(source, fx.Node) and operator_name(source) in ("t", "transpose", "permute"):
         source = source.args[0]
-    return isinstance(source, fx.Node) and operator_name(source).startswith("dequantize")
+    if not isinstance(source, fx.Node):
+        return False
+    return source.target is ROUND or operator_name(source).startswith("dequantize")
 
 
 def _float_operators(smaller: Smaller) -> list[tuple[str, str, str]]:
