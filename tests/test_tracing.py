@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from networks import NETWORKS, build
 from tinier.errors import ModelError
@@ -883,3 +884,19 @@ def test_a_network_with_two_faces_is_traced_as_it_runs() -> None:
     assert traced.batched
     with torch.no_grad():
         torch.testing.assert_close(traced.module(x=x)[0], module(x))
+
+
+class Whole(Base):
+    """Makes a number of the batch size, which fixes it for torch.export."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.new_ones(int(x.shape[0]), 4)
+
+
+def test_what_is_free_in_the_graph_is_free_in_the_export() -> None:
+    module, x = Whole().eval(), torch.randn(5, 6)
+    traced = trace(module, {"x": torch.randn(3, 6)})
+    assert traced.batched and not traced.by_export
+    with torch.no_grad():
+        (found,) = pytree.tree_leaves(traced.exported.module()(x=x))
+        torch.testing.assert_close(found, module(x))

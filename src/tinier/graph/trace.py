@@ -91,11 +91,16 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     def export() -> ExportedProgram:
         with evaluating(module):
             try:
-                return _export(module, example, dims)
+                found = _export(module, example, dims)
             except Exception:
                 if dims == _dims(example):
                     raise
-                return _export(module, example)
+                found = _export(module, example)
+            # Code that makes numbers of a size fixes it for torch.export; the recording is the same network, and has it free.
+            with contextlib.suppress(Exception):
+                other = found if _as_free(found, dims) else _export(graph, example, dims)
+                return other if _as_free(other, dims) else found
+            return found
 
     return Traced(graph, names, _names(result), _batched(graph), export, False)
 
@@ -110,9 +115,9 @@ def by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         if has_values(module, example) and not same_values(module, graph, example):
             # It asks whether it is exported, and computes something else then.
             with contextlib.suppress(Exception):
-                captured, result = _captured(module, example, ModelError("another graph"))
-                exported = _export(captured, example)
-                graph = plain(exported.module(check_guards=False), names)
+                captured, ran = _captured(module, example, ModelError("another graph"))
+                other = _export(captured, example)
+                graph, exported, result = plain(other.module(check_guards=False), names), other, ran
     # The user's code runs inside, and torch.export has no common base for what stops it.
     except Exception as error:
         captured, result = _captured(module, example, error)
@@ -131,6 +136,13 @@ def by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         result = pytree.tree_unflatten(values, spec)
     batched = _batched(graph) and not _bounded(exported)
     return Traced(graph, names, _names(result), batched, lambda: exported, True)
+
+
+def _as_free(program: ExportedProgram, dims: Mapping[str, list[int]]) -> bool:
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    shapes = [nodes[str(name)].meta["val"].shape for name in program.graph_signature.user_inputs]
+    pairs = zip(shapes, dims.values(), strict=True)
+    return all(is_free(shape[d]) for shape, free in pairs for d in free)
 
 
 def _bounded(exported: ExportedProgram) -> bool:
