@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -331,8 +333,11 @@ def _loss(module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
 
 
 def _first(error: BaseException) -> str:
+    """The first two lines of a message; files are named from where they are installed, as this goes into a file of the repository."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300]
+    root = str(Path(__file__).resolve().parent.parent) + os.sep
+    text = re.sub(r"\S*[/\\]site-packages[/\\]", "", " ".join(lines[:2]))
+    return text.replace(root, "")[:300]
 
 
 def _write(path: Path, row: Mapping[str, Any]) -> None:

@@ -56,3 +56,12 @@ def test_python_examples_compile() -> None:
     assert blocks
     for number, code in enumerate(blocks, start=1):
         compile(code, f"{page.name}, block {number}", "exec")
+
+
+@pytest.mark.parametrize(
+    "file", [*PAGES, *(ROOT / "benchmarks" / "results").glob("*.json")], ids=lambda file: file.name
+)
+def test_nothing_says_where_its_writer_has_python(file: Path) -> None:
+    """Messages name the line of the model that they are about, wherever that is installed."""
+    found = re.search(r"\S*[/\\]site-packages[/\\]\S*", file.read_text(encoding="utf-8"))
+    assert found is None, f"{file.name} holds the path {found and found[0]}"
