@@ -511,5 +511,6 @@ def test_corrections_that_cannot_be_made_are_refused() -> None:
 
 def test_examples_are_spread_over_all_batches() -> None:
     batches = [{"x": torch.arange(10.0)}, {"x": torch.arange(10.0, 15.0)}]
-    found = torch.cat([b["x"] for b in spread(batches, 5)])
+    network = made(Chain, 3, 8, 8)
+    found = torch.cat([b["x"] for b in spread(network, batches, 5)])
     assert found.tolist() == [0.0, 3.0, 6.0, 9.0, 12.0]

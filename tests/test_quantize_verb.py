@@ -224,3 +224,73 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert shown.exit_code == 0 and "smaller" in shown.stdout and "gives back" in shown.stdout
     wrong = RUN.invoke(app, [*arguments, "--layer", "fc"])
     assert wrong.exit_code == 2 and "layer4.*=4" in wrong.output
+
+
+class FixedBatch(nn.Module):
+    """A network whose batch size is fixed at 40."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.relu(self.one(x))).reshape(40, 4) * torch.ones(40, 1)
+
+
+def test_batches_stay_whole_where_their_size_is_fixed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = FixedBatch().eval(), torch.randn(200, 16)
+    found = tinier.quantize(model, x[:40], x)
+    assert error(found.model, model, x[:40]) < 0.05
+    assert tinier.quantize(model, x[:40], x, activations=None, bits=4, restore=0.5).notes
+    done = tinier.deliver(found, tmp_path / "out", data=x, attribution=True)
+    assert done.attribution is not None and done.attribution.examples == 40
+
+
+def test_all_weights_count_for_the_size_that_was_asked_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4)
+    )
+    x = torch.randn(64, 16)
+    fixed = tinier.quantize(model, x[:2], x, activations=None, max_size=3000, layers={"2": 8})
+    bits = {e.tensor: (e.high - e.low).bit_length() for e in fixed.plan.edits if isinstance(e, QuantizeWeight)}  # fmt: skip
+    assert bits["2.weight"] == 8
+    scales = 4 * sum(
+        e.scale.tensor.numel() for e in fixed.plan.edits if isinstance(e, QuantizeWeight)
+    )
+    sizes = dict(model.named_parameters())
+    assert sum(sizes[name].numel() * b / 8 for name, b in bits.items()) + scales <= 3000
+    with pytest.raises(RefusedError, match="those that stay float take 8"):
+        tinier.quantize(model, x[:2], x, activations=None, max_size=1800, exclude=["2"])
+    with pytest.raises(RefusedError, match="nothing needs to be quantized"):
+        tinier.quantize(model, x[:2], x, activations=None, max_size="1MB", choices=(0, 8))
+    for arguments, message in (
+        ({"max_size": 3000, "restore": 0.5}, "leave one out"),
+        ({"choices": (0,), "max_size": 3000}, "at least one number of bits"),
+        ({"activations": "dynamic", "rounding": "learned"}, "no gradient"),
+        ({"restore": "0.5"}, "share of the loss"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tinier.quantize(model, x[:2], x, **({"activations": None} | arguments))  # type: ignore[arg-type]
+    dynamic = tinier.quantize(model, x[:2], x, activations="dynamic", bits=4)
+    with pytest.raises(InputError, match="no gradient"):
+        tinier.recover(dynamic, x, epochs=1)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.layer(x)
+        return {"output": y, "aux": y.relu()}
+
+
+def test_outputs_keep_their_names() -> None:
+    x = torch.randn(8, 4)
+    found = tinier.quantize(Named().eval(), x[:2], x)
+    result = found.network.module(x)
+    assert isinstance(result, dict) and list(result) == ["output", "aux"]
+    assert found.network.traced.outputs == ("output", "aux")

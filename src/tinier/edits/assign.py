@@ -74,7 +74,7 @@ def folded(edits: list[Edit], network: Network) -> Network:
     for edit in edits:
         if isinstance(edit, Assign):
             _assign(module, edit, network.name)
-    name_outputs(module, traced.outputs)
+    name_outputs(module, traced)
     return Network(pruned(module), network.example, network.name, network.folder, network.notes)
 
 

@@ -135,7 +135,10 @@ class Plan:
             kind = row.pop("kind")
             if kind not in kinds:
                 raise ValueError(f"plan: unknown edit {kind!r}; known are {', '.join(kinds)}")
-            edits.append(kinds[kind](**{key: _frozen(value) for key, value in row.items()}))
+            try:
+                edits.append(kinds[kind](**{key: _frozen(value) for key, value in row.items()}))
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"plan: {kind}: {error}") from error
         return Plan(tuple(edits))
 
     def __str__(self) -> str:

@@ -91,7 +91,7 @@ def trainable(network: Network, plan: Plan) -> Network:
         for node in list(module.graph.find_nodes(op="get_attr")):
             if node.target == one.tensor:
                 _insert(module, node, f"weight_{number}", stored[one.tensor], one.readers)
-    name_outputs(module, traced.outputs)
+    name_outputs(module, traced)
     module.graph.lint()
     module.recompile()
     return Network(module, folded.example, network.name, network.folder, network.notes)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from tinier.graph.dynamic import ROUND
 from tinier.graph.fold import parameter_of, read, write
 from tinier.graph.placement import ROLES, Kind
+from tinier.graph.trace import Traced
 from tinier.modules.fake_quantize import BIAS
 from tinier.tensors.affine import Integers, quantize
 
@@ -205,11 +206,11 @@ def integer_biases(
     return result
 
 
-def name_outputs(module: fx.GraphModule, names: tuple[str, ...]) -> None:
+def name_outputs(module: fx.GraphModule, traced: Traced) -> None:
     """A network that returns named outputs goes on returning them; others return a tensor or a tuple."""
     (output,) = module.graph.find_nodes(op="output")
     values = output.args[0]
-    if names[0] in ("output", "output_0"):
-        output.args = (values[0],) if len(names) == 1 else (values,)
+    if not traced.named:
+        output.args = (values[0],) if len(traced.outputs) == 1 else (values,)
     else:
-        output.args = (dict(zip(names, values, strict=True)),)
+        output.args = (dict(zip(traced.outputs, values, strict=True)),)

@@ -172,7 +172,7 @@ def quantized(edits: list[Edit], network: Network) -> Network:
         grid = one.grid
         numbers_of = (grid.scale, grid.zero_point, grid.integers)
         store_weight(module, one.tensor, matrix, *numbers_of, one.axis, one.readers)
-    name_outputs(module, traced.outputs)
+    name_outputs(module, traced)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     return Network(pruned(module), network.example, network.name, network.folder)

@@ -85,7 +85,7 @@ def _bare(traced: Traced, example: Mapping[str, Tensor]) -> ExportedProgram:
     (entry,) = (entry for entry in exported.module_call_graph if not entry.fqn)
     assert entry.signature is not None
     found = pytree.tree_leaves(output.args[0])
-    named = len(found) == len(traced.outputs) and not traced.outputs[0].startswith("output")
+    named = len(found) == len(traced.outputs) and traced.named
     flat = pytree.tree_structure(
         dict(zip(traced.outputs, found, strict=True)) if named else tuple(found)
     )

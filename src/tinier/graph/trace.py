@@ -36,6 +36,7 @@ class Traced:
         outputs: name of each tensor that the network returns.
         batched: whether the batch size (dimension 0 of every input) is free in the graph.
         export: makes ``exported``.
+        named: whether it returns a dict or the like, whose keys are the names of the outputs.
         by_export: whether the graph is that of torch.export, because recordings did not give one.
     """
 
@@ -45,6 +46,7 @@ class Traced:
     batched: bool
     export: Callable[[], ExportedProgram]
     by_export: bool
+    named: bool = False
 
     @cached_property
     def exported(self) -> ExportedProgram:
@@ -102,7 +104,8 @@ def trace(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
                 return other if _as_free(other, dims) else found
             return found
 
-    return Traced(graph, names, _names(result), _batched(graph), export, False)
+    named = isinstance(result, Mapping)
+    return Traced(graph, names, _names(result), _batched(graph), export, False, named)
 
 
 def by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
@@ -135,7 +138,8 @@ def by_export(module: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in returned]
         result = pytree.tree_unflatten(values, spec)
     batched = _batched(graph) and not _bounded(exported)
-    return Traced(graph, names, _names(result), batched, lambda: exported, True)
+    named = isinstance(result, Mapping)
+    return Traced(graph, names, _names(result), batched, lambda: exported, True, named)
 
 
 def _as_free(program: ExportedProgram, dims: Mapping[str, list[int]]) -> bool:

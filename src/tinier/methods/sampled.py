@@ -63,14 +63,18 @@ def samples_of(
     return examples(network, statistics.samples, most)
 
 
-def spread(batches: Sequence[Batch], most: int) -> list[dict[str, Tensor]]:
-    """At most so many examples, evenly from all batches.
+def spread(network: Network, batches: Sequence[Batch], most: int) -> list[dict[str, Tensor]]:
+    """At most so many examples, evenly from all batches; whole batches, at least one, where the batch size is fixed.
 
     Args:
+        network: whose inputs they are.
         batches: input name → tensor, or pairs of these and labels.
         most: 1 or more.
     """
     sizes = [len(next(iter(_inputs(batch).values()))) for batch in batches]
+    if not network.traced.batched:
+        step = max(-(-sum(sizes) // most), 1)
+        return [_inputs(batch) for batch in batches[::step]]
     every = max(-(-sum(sizes) // most), 1)
     start, result = 0, list[dict[str, Tensor]]()
     for batch, size in zip(batches, sizes, strict=True):

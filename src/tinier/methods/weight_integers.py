@@ -100,7 +100,7 @@ def integers_of(
         importance = _importance(store, squares, len(matrix))
     rule = "mse" if scheme.ranges == "importance" else scheme.ranges
     try:
-        groups = _groups(store, scheme, matrix.shape[1])
+        groups = _groups(store, scheme, matrix.shape[1], weight.ndim)
         grid = choose(
             matrix,
             scheme.integers,
@@ -143,8 +143,8 @@ def integers_of(
     return edit, tuple(notes)
 
 
-def _groups(store: Store, scheme: Scheme, columns: int) -> int:
-    if scheme.group is None or store.kind not in _GROUPED:
+def _groups(store: Store, scheme: Scheme, columns: int, dimensions: int) -> int:
+    if scheme.group is None or store.kind not in _GROUPED or dimensions != 2:
         return 1
     return group_count(columns, scheme.group)
 

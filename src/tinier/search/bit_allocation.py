@@ -38,6 +38,8 @@ def allocate(loss: Table, cost: Table, limit: float) -> dict[str, int]:
     Raises:
         RefusedError: even the cheapest choice of every layer is above the limit.
     """
+    if not loss:
+        return {}
     pairs = [(layer, bits) for layer, row in loss.items() for bits in row]
     least = sum(min(cost[layer].values()) for layer in loss)
     if least > limit:

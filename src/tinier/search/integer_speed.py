@@ -87,6 +87,10 @@ def without_slower(
     slower = [name for name, row in times.items() if row[method.bits_of(name)] > row[0] > 0]
     if not slower:
         return method, (f"no layer is slower in integers on {target.name}",)
+    if len(slower) == len(times):
+        return method, (
+            f"every layer is slower in integers on {target.name} by its profile; all were quantized all the same",
+        )
     mixed = replace(method, exclude=(*method.exclude, *slower))
     inputs = _inputs(network, batch)
     with tempfile.TemporaryDirectory(prefix="tinier-") as folder:

@@ -94,7 +94,7 @@ def prepared(
             per_tensor=method.per_tensor,
             exclude=tuple(n for n, _ in folded.module.named_parameters() if not method.bits_of(n)),
         )
-        data = Statistics({}, 0, samples=tuple(spread(batches, MOST)))
+        data = Statistics({}, 0, samples=tuple(spread(folded, batches, MOST)))
         edits, said = smooth.decide(folded, data)
         notes += said
         if edits.edits:
@@ -116,4 +116,4 @@ def corrected(
     """
     if BiasCorrection.name not in names:
         return plan, ()
-    return correct_biases_noted(folded, plan, spread(batches, BiasCorrection().most))
+    return correct_biases_noted(folded, plan, spread(folded, batches, BiasCorrection().most))

@@ -16,6 +16,7 @@ from tinier.graph.placement import place
 from tinier.graph.rules import operator_name
 from tinier.measure.attribution import Attribution, attribute
 from tinier.measure.parity import Parity, parity
+from tinier.methods.sampled import spread
 from tinier.network import Network
 from tinier.output import check_output, whole
 from tinier.report.quantization import quantization_html
@@ -114,7 +115,7 @@ def deliver(
     found = None
     if attribution:
         assert smaller.trainable is not None
-        few = [{name: value[:FEW] for name, value in batches[0].items()}]
+        few = spread(smaller.original, batches, FEW)
         found = attribute(smaller.original, smaller.plan, few)
     with whole(path) as made:
         artifacts: dict[str, Artifact] = {}

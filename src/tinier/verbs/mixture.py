@@ -7,14 +7,17 @@ from torch import Tensor
 
 from tinier.errors import InputError, RefusedError
 from tinier.graph.fold import fold, read
+from tinier.graph.stored import stored
 from tinier.measure.attribution import attribute, output_loss
+from tinier.methods.base import covers
 from tinier.methods.quantization import Quantization
+from tinier.methods.sampled import spread
 from tinier.network import Network
 from tinier.search.bit_allocation import FLOAT, KINDS, allocate, packed_bytes, sensitivities
 from tinier.search.integer_speed import layer_latencies, without_slower
 from tinier.statistics import Statistics
 from tinier.targets.base import Target
-from tinier.units import is_whole, parse_bytes, parse_milliseconds
+from tinier.units import is_number, is_whole, parse_bytes, parse_milliseconds
 
 FEW = 32  # examples that sensitivities are measured on
 ALONE, INTEGER = (2, 3, 4, 6, 8), (4, 8)
@@ -59,6 +62,8 @@ class Mixture:
                 "choices: these are bits to choose from within a max_size; give that, too"
             )
         found = choices or (ALONE if method.activations is None else INTEGER)
+        if all(bits == FLOAT for bits in found):
+            raise InputError(f"choices={tuple(found)}: at least one number of bits is needed")
         for bits in found:
             if not is_whole(bits) or (bits != FLOAT and not 2 <= bits <= 8):
                 raise InputError(
@@ -83,14 +88,25 @@ class Mixture:
     ) -> tuple[Quantization, tuple[str, ...]]:
         """The method with bits for each layer within ``max_size``."""
         assert self.max_size is not None
-        fixed = {name for name, _ in method.layers}
-        loss = sensitivities(
-            network, method, _few(batches), self.choices, statistics, self.sensitivity
-        )
-        cost = packed_bytes(network, method, self.choices)
-        free = {name: row for name, row in loss.items() if name not in fixed}
-        chosen = allocate(free, {name: cost[name] for name in free}, self.max_size)
-        taken = sum(cost[name][bits] for name, bits in chosen.items())
+        few = spread(network, batches, FEW)
+        loss = sensitivities(network, method, few, self.choices, statistics, self.sensitivity)
+        cost = packed_bytes(network, method, (*self.choices, *range(2, 17)))
+        patterns = [pattern for pattern, _ in method.layers]
+        free = {name: row for name, row in loss.items() if not covers(patterns, name)}
+        others = sum(cost[name][method.bits_of(name)] for name in loss if name not in free)
+        module = fold(network.traced.module)
+        others += sum(4 * _count(read(module, n)) for n in stored(module) if n not in loss)
+        if others > self.max_size:
+            raise RefusedError(
+                f"max_size: {self.max_size:,} bytes were asked for; the layers whose bits are given and those that stay float "
+                f"take {others:,.0f}"
+            )
+        chosen = allocate(free, {n: cost[n] for n in free}, self.max_size - others)
+        if set(chosen.values()) == {FLOAT} and len(free) == len(loss):
+            raise RefusedError(
+                f"max_size: the float weights fit {self.max_size:,} bytes; nothing needs to be quantized"
+            )
+        taken = others + sum(cost[name][bits] for name, bits in chosen.items())
         counts = ", ".join(
             f"{sum(b == bits for b in chosen.values())} layers at {bits or 32} bits"
             for bits in sorted(set(chosen.values()))
@@ -111,10 +127,11 @@ class Mixture:
         if self.max_latency is None:
             return without_slower(network, method, statistics, target, threads)
         times = layer_latencies(network, method, statistics, target, threads)
-        loss = sensitivities(
-            network, method, _few(batches), (FLOAT, method.bits), statistics, self.sensitivity
-        )
-        both = {n: {FLOAT: 0.0, method.bits: loss[n][method.bits]} for n in times if n in loss}
+        few = spread(network, batches, FEW)
+        bits = {name: method.bits_of(name) for name in times}
+        choices = (FLOAT, *sorted(set(bits.values())))
+        loss = sensitivities(network, method, few, choices, statistics, self.sensitivity)
+        both = {n: {FLOAT: 0.0, bits[n]: loss[n][bits[n]]} for n in times if n in loss}
         cost = {name: times[name] for name in both}
         try:
             chosen = allocate(both, cost, self.max_latency)
@@ -156,44 +173,49 @@ def restored(
     Cost:
         An attribution, and a run for each of about log₂ n choices of n layers.
     """
-    if not 0 < share < 1:
+    if not is_number(share) or not 0 < share < 1:
         raise InputError(f"restore={share!r}: a share of the loss in (0, 1) is needed")
-    few = _few(batches)
+    few = spread(network, batches, FEW)
     plan, _ = method.decide(network, statistics)
     found = attribute(network, plan, few)
+    whole = output_loss(network, plan.apply(network), few)
     module = fold(network.traced.module)
-    sizes = {store.name: read(module, store.name) for store in method.stores(network)}
-    names = {name.removesuffix(".weight"): name for name in sizes}
+    stores = {store.name: store for store in method.stores(network)}
+    sizes = {name: _count(read(module, name)) for name in stores}
+    # What one operator reads, as the weights of a recurrent layer, stays float together.
+    names = {
+        name.removesuffix(".weight"): tuple(
+            other for other, one in stores.items() if set(one.readers) & set(store.readers)
+        )
+        for name, store in stores.items()
+    }
     rows = [row for row in found.layers if row.layer in names and row.restored > 0]
-    rows.sort(key=lambda row: -row.restored / max(_count(sizes[names[row.layer]]), 1))
+    rows.sort(key=lambda row: -row.restored / max(sum(sizes[n] for n in names[row.layer]), 1))
 
     def left(count: int) -> tuple[Quantization, float]:
-        stay = tuple(names[row.layer] for row in rows[:count])
+        stay = tuple(dict.fromkeys(name for row in rows[:count] for name in names[row.layer]))
         trial = replace(method, exclude=(*method.exclude, *stay))
         if len(stay) >= len(sizes):
             return trial, 0.0
         return trial, output_loss(network, trial.decide(network, statistics)[0].apply(network), few)
 
     low, high = 0, 1
-    while high < len(rows) and left(high)[1] > share * found.total:
+    while high < len(rows) and left(high)[1] > share * whole:
         low, high = high, 2 * high
     high = min(high, len(rows))
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if left(middle)[1] <= share * found.total else (middle, high)
+        low, high = (low, middle) if left(middle)[1] <= share * whole else (middle, high)
     trial, loss = left(high)
-    if high >= len(sizes):
+    if loss == 0.0 or loss > share * whole:
         raise RefusedError(
-            f"restore={share:g}: every layer would stay float; a larger share, or more bits, is needed"
+            f"restore={share:g}: every layer would stay float, or {loss / max(whole, 1e-300):.0%} of the loss is left; "
+            "a larger share, or more bits, is needed"
         )
     said = ", ".join(row.layer for row in rows[:high])
-    note = f"float, because it gives back most: {said}; {loss / max(found.total, 1e-300):.0%} of the loss is left"
+    note = f"float, because it gives back most: {said}; {loss / max(whole, 1e-300):.0%} of the loss is left"
     return trial, (note,)
 
 
 def _count(weight: Tensor | None) -> int:
     return 0 if weight is None else weight.numel()
-
-
-def _few(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [{name: value[:FEW] for name, value in batches[0].items()}]

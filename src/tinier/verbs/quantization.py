@@ -116,6 +116,14 @@ def quantize(
         raise InputError(
             "max_latency: the target that it is measured on is needed, such as onnxruntime"
         )
+    if restore is not None and (max_size is not None or max_latency is not None):
+        raise InputError(
+            "restore leaves layers float, which max_size and max_latency limit; leave one out"
+        )
+    if dynamic and rounding in LEARNED:
+        raise InputError(
+            f"rounding={rounding!r}: the roundings of each run have no gradient; give activations=8 or None"
+        )
     if threads is not None and target is None:
         raise InputError("threads are those of the target that is measured; give that, too")
     if target is not None and activations is None:
@@ -139,7 +147,8 @@ def quantize(
         cores = threads or psutil.cpu_count(logical=False) or 1
         method, said = asked.fast(folded, method, statistics, batches, runtime, cores)
     if asked.max_size is not None:
-        method, said = asked.small(folded, method, statistics, batches)
+        method, more = asked.small(folded, method, statistics, batches)
+        said += more
     if restore is not None:
         method, kept = restored(folded, method, statistics, batches, restore)
         said += kept

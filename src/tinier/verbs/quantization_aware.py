@@ -64,7 +64,10 @@ def train_quantized(
     if static and not machine().vnni:
         notes += repair_saturation(done.network, own)
     plan = plan_of(done.network, own)
-    note = f"trained quantized for {done.epochs:.2g} epochs in {done.seconds:.0f} s"
+    note = (
+        f"trained quantized for {done.epochs:.2g} epochs in {done.seconds:.0f} s; the trained weights are in the plan and the artifact, "
+        "the float weights that save writes are those from before"
+    )
     return Smaller(
         plan.apply(quantized.trainable),
         quantized.original,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tinier.edits.quantize import QuantizeDynamically
 from tinier.errors import InputError
 from tinier.network import Example
 from tinier.recovery.loop import recover as train_student
@@ -32,6 +33,10 @@ def recover(
         epochs: passes over the data.
         seed: of the order of the examples.
     """
+    if any(isinstance(edit, QuantizeDynamically) for edit in pruned.plan.edits):
+        raise InputError(
+            "recover: activations that are rounded in the range of each run have no gradient; quantize with activations=8 or None to train"
+        )
     if is_quantized(pruned):
         examples = training(data, pruned.original)
         return train_quantized(pruned, examples, seconds=seconds, epochs=epochs, seed=seed)
