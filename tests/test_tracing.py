@@ -271,7 +271,9 @@ def test_output_names_come_without_a_run() -> None:
     assert trace(Base(), {"x": torch.randn(2, 6)}).outputs == ("output",)
     for way in ("dictionary", "dataclass", "not_in_export"):
         original = network(WAYS[way]())
-        names = tracing.output_names(original.module, original.example)
+        with tracing.evaluating(original.module), torch.no_grad():
+            ran = tracing.isolated(original.module, original.example)
+        names = tracing._names(ran)
         assert original.traced.outputs == names
 
 

@@ -356,12 +356,6 @@ def written(graph: fx.Graph) -> set[str]:
     }
 
 
-def output_names(module: nn.Module, example: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names of the tensors that a network returns: the keys of a dict or Hugging Face output, else output_0, output_1, …"""
-    with evaluating(module), torch.no_grad():
-        return _names(isolated(module, example))
-
-
 def _names(result: Any) -> tuple[str, ...]:
     if isinstance(result, Mapping):
         names = []
