@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -158,7 +159,7 @@ def reported(rows: Rows, task: Task, contestant: str) -> list[Row]:
     good = [rows[key] for key in keys if "valid" in rows.get(key, {}) and "error" not in rows[key]]
     if contestant == "float" or not good:
         return good
-    best = max(good, key=lambda row: task.better(row["valid"]))
+    best = min(good, key=lambda row: task.distance(row["valid"]))
     return [best, *(row for row in good if row["key"] == keys[0])]
 
 
@@ -197,6 +198,11 @@ def lines(rows: Rows) -> list[Row]:
                     "quantized": value,
                     "loss": (line["float"] - value) * (1 if metric.higher else -1),
                     "figures": best["test"],
+                    "distance": task.distance(best["test"]),
+                    "simulated": best.get("simulated"),
+                    "on runtime": best["valid"],
+                    "steps": best.get("steps"),
+                    "relative": best.get("relative"),
                     "float_bytes": base["size"],
                     "bytes": best["size"],
                     "smaller": base["size"] / best["size"],
@@ -216,7 +222,27 @@ def content(rows: Rows) -> dict[str, Any]:
         "machine": {"vnni": machine().vnni, "threads": THREADS},
         "data": {task.name: task.data for task in map(task_of, WHERE)},
         "table": lines(rows),
+        "against the best peer": ratios(lines(rows)),
     }
+
+
+def ratios(table: list[Row]) -> dict[str, Any]:
+    """tinier's distance to the float network's outputs over the nearest peer's, by task, and the geometric mean; below 1 is nearer.
+
+    The nearest peer is the one that turned out nearest on the test part, which is known afterwards only.
+    """
+    found: dict[str, Any] = {}
+    for name in WHERE:
+        lines = [line for line in table if line["task"] == name and "distance" in line]
+        mine = [line["distance"] for line in lines if line["contestant"] == TITLES["tinier"]]
+        peers = [line for line in lines if line["contestant"] != TITLES["tinier"]]
+        if mine and peers:
+            nearest = min(peers, key=lambda line: line["distance"])
+            theirs = max(nearest["distance"], 1e-12)
+            found[name] = {"nearest": nearest["contestant"], "ratio": mine[0] / theirs}
+    if found:
+        found["geometric mean"] = geometric_mean([one["ratio"] for one in found.values()])
+    return found
 
 
 def show(rows: Rows) -> None:
@@ -251,6 +277,10 @@ def show(rows: Rows) -> None:
             ),
         )
     Console(width=180).print(grid)
+    for name, found in ratios(lines(rows)).items():
+        nearest = f" of {found['nearest']}'s" if name in WHERE else ""
+        ratio = found["ratio"] if name in WHERE else found
+        print(f"{name}: tinier's distance to the float outputs is {ratio:.2f}{nearest}")
 
 
 def main() -> None:

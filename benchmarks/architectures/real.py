@@ -80,14 +80,17 @@ def _dinov2() -> nn.Module:
         if node.op_type == "MatMul" and node.input[1] in tensors and "/backbone/" in node.name:
             path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             state[f"{_dinov2_name(path)}.weight"] = tensors[node.input[1]].T.contiguous()
+    # Positions of the class token and of 37 × 37 patches have no names of their own, but shapes that nothing else has.
+    unnamed = [value for name, value in tensors.items() if not name.startswith("backbone.")]
+    first = next(value for value in unnamed if value.shape == (1, 1, 384))
+    others = next(value for value in unnamed if value.shape == (1, 1369, 384))
+    state["embeddings.position_embeddings"] = torch.cat([first, others], 1)
     config = transformers.Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=14, image_size=224
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=14, image_size=518
     )
     model = transformers.Dinov2Model(config)
     missing, unknown = model.load_state_dict(state, strict=False)
-    # The file has the positions of its own picture size, added to the class token's.
-    left = {"embeddings.mask_token", "embeddings.position_embeddings"}
-    if set(missing) - left or unknown:
+    if set(missing) - {"embeddings.mask_token"} or unknown:
         raise ValueError(f"{file}: missing {missing}, unknown {unknown}")
     return model
 

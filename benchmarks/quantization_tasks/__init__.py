@@ -11,6 +11,7 @@ WHERE = {
     "ESRGAN-slim": "images",
     "DINOv2-S": "images",
     "MiniLM-L6": "language",
+    "MiniLM-L6 sentences": "glosses",
     "Silero VAD": "audio",
     "DNSMOS": "audio",
     "Whisper base": "speech",

@@ -44,7 +44,9 @@ class Task:
         model: gives the module in evaluation mode, or the path of an ONNX file.
         calibration: gives inputs by name; dimension 0 is the examples.
         evaluate: from an artifact's run, at batch 1, and "valid" or "test" to figures by name.
-        metrics: in order of weight: the first chooses between variants, the next where it is equal; the first is reported.
+        metrics: those that are reported, the first in the table.
+        distance: from what ``evaluate`` gives to how far the outputs are from the float network's, 0 for equal: it chooses between
+            variants, and is what contestants are compared by, since accuracies of a few hundred examples differ by chance.
         transformer: whether the documents of a competitor that asks for the type of the model would say transformer.
         data: what the figures are measured on.
         minutes: limit of one quantization.
@@ -55,6 +57,7 @@ class Task:
     calibration: Callable[[], Inputs]
     evaluate: Callable[[Run, str], dict[str, float]]
     metrics: tuple[Metric, ...]
+    distance: Callable[[Mapping[str, float]], float]
     transformer: bool
     data: str
     minutes: float = 15.0
@@ -68,10 +71,6 @@ class Task:
             module: nn.Module = load(model, example).module
             return module.eval()
         return model.eval()
-
-    def better(self, figures: Mapping[str, float]) -> tuple[float, ...]:
-        """A key for ``max`` over what ``evaluate`` gave."""
-        return tuple(figures[m.name] * (1 if m.higher else -1) for m in self.metrics)
 
 
 def work() -> Path:

@@ -59,6 +59,7 @@ TASKS = (
         calibration,
         spam,
         (Metric("accuracy", True, "%"), Metric("kl", False, "nats")),
+        lambda figures: figures["kl"],
         True,
         "SpamAssassin mails, 64 tokens: 256 to calibrate, 400 to choose, 1,500 to test",
     ),

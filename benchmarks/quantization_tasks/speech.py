@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from architectures import real
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
@@ -53,7 +54,7 @@ def features(part: str) -> np.ndarray:
     return found.astype(np.float32)
 
 
-def decode(run: Run, sound: np.ndarray, draft: Sequence[int]) -> tuple[list[int], int, int]:
+def decode(run: Run, sound: np.ndarray, draft: Sequence[int]) -> tuple[list[int], np.ndarray]:
     """Greedy decoding, exact: the draft is kept as far as the network itself says it, then one token more, and so on.
 
     Args:
@@ -62,21 +63,21 @@ def decode(run: Run, sound: np.ndarray, draft: Sequence[int]) -> tuple[list[int]
         draft: tokens after START, a guess of what comes out; it saves runs and changes nothing.
 
     Returns:
-        The tokens after START up to END; how many of the draft's tokens the network says when it is given those before; of how many.
+        The tokens after START up to END; (draft + 1, END + 1) float32, the logits of each of the draft's tokens and the end, given those
+        before.
     """
-    guess, agreed, first = list(draft), 0, True
+    guess, forced = list(draft), None
     while True:
         row = [*START, *guess]
         padded = np.array([row + [END] * (LENGTH - len(row))], np.int64)
         logits = run({"input_features": sound, "decoder_input_ids": padded})[0][0]
         logits = logits[:, : END + 1]  # text and the end
-        said = logits[len(START) - 1 : len(row)].argmax(1).tolist()  # one more than the guess
-        if first:
-            agreed = sum(a == b for a, b in zip(said, [*guess, END], strict=True))
-            first = False
+        logits = logits[len(START) - 1 : len(row)]  # one more than the guess
+        said = logits.argmax(1).tolist()
+        forced = logits if forced is None else forced
         right = next((i for i, token in enumerate(guess) if said[i] != token), len(guess))
         if said[right] == END or len(START) + right + 1 >= LENGTH:
-            return guess[:right], agreed, len(draft) + 1
+            return guess[:right], forced
         guess = [*guess[:right], said[right]]
         # What the draft says behind the changed token is still the best guess.
         guess += draft[len(guess) :]
@@ -109,15 +110,33 @@ def errors(found: Sequence[str], truth: Sequence[str]) -> int:
     return before[-1]
 
 
+@cache
+def forced(part: str) -> Tensor:
+    """(tokens of all clips, END + 1): the float network's logits of what it says itself, kept in a file beside it."""
+    file = float_file("Whisper base").parent.parent / f"logits-{part}.npy"
+    if not file.is_file():
+        run = open_artifact("onnxruntime", float_file("Whisper base"), 1)
+        parts = zip(features(part), drafts(part), strict=True)
+        rows = np.concatenate([decode(run, sound[None], draft)[1] for sound, draft in parts])
+        np.save(file, rows)
+    return torch.from_numpy(np.load(file, allow_pickle=False))
+
+
 def recognition(run: Run, part: str) -> dict[str, float]:
-    """Word error rate in %, and the share of the float network's tokens that the artifact says when given those before, in %."""
-    wrong = words = agreed = tokens = 0
+    """Word error rate in %; of the float network's tokens, given those before, the share in % that is said, and KL(float ‖ it) in nats."""
+    wrong = words = 0
+    logits = []
     for clip, sound, draft in zip(clips(part), features(part), drafts(part), strict=True):
-        found, same, of = decode(run, sound[None], draft)
+        found, said = decode(run, sound[None], draft)
         wrong += errors(spoken(tokenizer().decode(found)), clip.words)
         words += len(clip.words)
-        agreed, tokens = agreed + same, tokens + of
-    return {"wer": 100 * wrong / words, "tokens": 100 * agreed / tokens}
+        logits.append(torch.from_numpy(said))
+    mine, theirs = torch.cat(logits), forced(part)
+    kl = F.kl_div(
+        mine.log_softmax(1), theirs.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    same = (mine.argmax(1) == theirs.argmax(1)).float().mean()
+    return {"wer": 100 * wrong / words, "tokens": 100 * float(same), "kl": float(kl)}
 
 
 def calibration() -> Inputs:
@@ -137,7 +156,8 @@ TASKS = (
         lambda: Recogniser(real._whisper()),
         calibration,
         recognition,
-        (Metric("wer", False, "%"), Metric("tokens", True, "%")),
+        (Metric("wer", False, "%"), Metric("tokens", True, "%"), Metric("kl", False, "nats")),
+        lambda figures: figures["kl"],
         True,
         "Asterisk prompts (40 to calibrate, 10 to choose, 20 to test) and 5 sentences of LibriVox to test",
         minutes=30.0,
