@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+import tinier
 from tinier.edits.base import Plan, Values
-from tinier.edits.quantize import Quantize, QuantizeWeight
+from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight
 from tinier.errors import InputError
 from tinier.graph.fold import fold
 from tinier.graph.rerun import Rerun
-from tinier.measure.attribution import Attribution, attribute
+from tinier.measure.attribution import Attribution, attribute, output_loss
 from tinier.network import Network
 
 
@@ -56,6 +57,49 @@ def test_rounding_and_clipping_of_activations() -> None:
     assert losses(whole) == pytest.approx([0, 0, 0.25 / 8 / variance, 0])
     short = attribute(net, Plan((Quantize(name, 0.5, 0, 0, 6),)), DATA)  # 4 becomes 3
     assert losses(short) == pytest.approx([0, 0, 0, 1 / 8 / variance])
+
+
+def test_rounding_in_the_range_of_each_run() -> None:
+    """Of 0 … 510 one step is 2, so that odd numbers lose 1, half up and half down; nothing is clipped."""
+    net = network([[1.0, 0.0], [0.0, 1.0]])
+    name = next(n.name for n in fold(net.traced.module).graph.nodes if n.op == "placeholder")
+    data = [{"input": torch.tensor([[0.0, 510.0], [3.0, 4.0], [20.0, 41.0], [6.0, 100.0]])}]
+    found = attribute(net, Plan((QuantizeDynamically(name), weight_edit(1.0, 127))), data)
+    variance = float(data[0]["input"].double().var())
+    assert losses(found) == pytest.approx([0, 0, 2 / 8 / variance, 0])
+    (row,) = found.layers
+    assert row.alone == pytest.approx(row.restored) == pytest.approx(found.total)
+
+
+def test_parts_of_dynamic_quantization_are_those_of_whole_networks() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    net = Network(model, {"input": torch.randn(4, 8)})
+    x = torch.randn(16, 8)
+    plan = tinier.quantize(net, activations="dynamic", bits=3).plan
+    found = {row.layer: row for row in attribute(net, plan, [{"input": x}]).layers}
+    for layer, other in (("0", "2"), ("2", "0")):
+        alone = Plan(
+            tuple(
+                edit
+                for edit in plan.edits
+                if getattr(edit, "tensor", "") == f"{layer}.weight"
+                or (isinstance(edit, QuantizeDynamically) and edit.tensor == TURNS[layer])
+            )
+        )
+        assert len(alone.edits) == 2
+        assert found[layer].alone == pytest.approx(
+            output_loss(net, alone.apply(net), [{"input": x}])
+        )
+        rest = Plan(tuple(edit for edit in plan.edits if edit not in alone.edits))
+        whole = output_loss(net, plan.apply(net), [{"input": x}])
+        left = output_loss(net, rest.apply(net), [{"input": x}])
+        assert found[layer].restored == pytest.approx(whole - left, rel=1e-4)
+        assert found[layer].activation_rounding > 0 == found[layer].activation_clipping
+        assert found[other].weight_rounding > 0
+
+
+TURNS = {"0": "input_1", "2": "relu"}  # what a layer reads
 
 
 def test_restoring_the_layer_that_is_ruined_gives_all_back() -> None:

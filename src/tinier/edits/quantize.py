@@ -15,6 +15,7 @@ from tinier.edits.pairs import (
     store_weight,
 )
 from tinier.errors import RefusedError
+from tinier.graph.dynamic import round_dynamically
 from tinier.graph.fold import fold, pruned, read
 from tinier.network import Network
 from tinier.tensors.affine import Integers
@@ -77,6 +78,11 @@ class QuantizeDynamically(Edit):
 
     tensor: str
     readers: tuple[str, ...] = ()
+
+    def rounded(self, value: Tensor) -> Tensor:
+        """What the readers read where the activation is ``value``, of the same shape."""
+        found: Tensor = round_dynamically(value)
+        return found
 
     def row(self) -> tuple[str, str]:
         return self.tensor, "8 bits, 0 … 255, range of each run"

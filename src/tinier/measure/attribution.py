@@ -20,17 +20,15 @@ from tinier.tensors.affine import fake_quantize
 MEMORY = 2**30  # bytes of the values that are kept at once
 CAUSES = ("weight rounding", "weight clipping", "activation rounding", "activation clipping")
 
-
-QUANTIZES = (
-    Quantize | QuantizeDynamically | QuantizeWeight
-)  # dynamic rounding is no cause of its own
+QUANTIZES = Quantize | QuantizeDynamically | QuantizeWeight
 
 
 @dataclass(frozen=True)
 class LayerLoss:
     """What quantizing one layer does to the outputs.
 
-    Every loss is the mean squared change of the floating-point outputs, divided by their variance.
+    Every loss is the mean squared change of the floating-point outputs, divided by their variance. Activations that are rounded in the range
+    of each run lose by rounding alone: such a range clips nothing.
 
     Attributes:
         layer: its weight's name without ".weight", or the node's name.
@@ -91,7 +89,7 @@ def attribute(network: Network, plan: Plan, batches: Iterable[Mapping[str, Tenso
 
     Args:
         network: the float network that the plan was made for.
-        plan: its ``Quantize`` and ``QuantizeWeight`` edits, and those before them.
+        plan: its ``Quantize``, ``QuantizeDynamically`` and ``QuantizeWeight`` edits, and those before them.
         batches: input name → tensor; a few dozen examples do.
 
     Returns:
@@ -105,7 +103,7 @@ def attribute(network: Network, plan: Plan, batches: Iterable[Mapping[str, Tenso
         For each layer five runs of what comes after it, in the float network, and one in the quantized one.
     """
     before = Plan(tuple(e for e in plan.edits if not isinstance(e, QUANTIZES)))
-    ours = [e for e in plan.edits if isinstance(e, Quantize | QuantizeWeight)]
+    ours = [e for e in plan.edits if isinstance(e, QUANTIZES)]
     if not ours:
         raise InputError("attribution: the plan quantizes nothing")
     base = before.apply(network) if before.edits else network
@@ -129,13 +127,16 @@ def output_loss(network: Network, other: Network, batches: Iterable[Mapping[str,
 
 class _Split:
     def __init__(
-        self, base: Network, simulation: Network, edits: list[Quantize | QuantizeWeight]
+        self,
+        base: Network,
+        simulation: Network,
+        edits: list[Quantize | QuantizeDynamically | QuantizeWeight],
     ) -> None:
         self.module = fold(base.traced.module)
         assert isinstance(simulation.module, fx.GraphModule)
         self.simulation = simulation.module
         self.names = base.traced.inputs
-        self.values = {e.tensor: e for e in edits if isinstance(e, Quantize)}
+        self.values = {e.tensor: e for e in edits if not isinstance(e, QuantizeWeight)}
         self.weights = {e.tensor: e for e in edits if isinstance(e, QuantizeWeight)}
         self.twin = {node.name: node for node in self.simulation.graph.nodes}
         example = len(next(iter(base.example.values())))
@@ -243,7 +244,10 @@ def _weight_parts(edit: QuantizeWeight, weight: Any) -> dict[str, Tensor]:
     return {what: from_matrix(part, weight, edit.axis) for what, part in parts.items()}
 
 
-def _activation_parts(edit: Quantize, value: Any) -> dict[str, Tensor]:
+def _activation_parts(edit: Quantize | QuantizeDynamically, value: Any) -> dict[str, Tensor]:
+    if isinstance(edit, QuantizeDynamically):
+        rounded = edit.rounded(value)
+        return {"activation rounding": rounded, "all": rounded}
     scale, zero = torch.tensor(edit.scale), torch.tensor(edit.zero_point)
     whole = fake_quantize(value, scale, zero, edit.integers)
     low, high = ((end - edit.zero_point) * edit.scale for end in (edit.low, edit.high))
