@@ -2,19 +2,22 @@
 
 import copy
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tinier.edits.base import Plan
 from tinier.edits.config import standard
 from tinier.edits.mask import unmask
+from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight
 from tinier.errors import InputError, OutputError
 from tinier.graph import archive
 from tinier.modules.keras import KerasModule
-from tinier.modules.masked import masks_of
+from tinier.modules.masked import masks_of, plain_name
 from tinier.network import Example, Network
 from tinier.output import check_output, whole
 from tinier.report.folder import COMPANIONS, PLAN, WEIGHTS, save_weights
@@ -23,6 +26,7 @@ from tinier.targets.onnxruntime import OnnxRuntime
 from tinier.verbs.smaller import Smaller, network_of
 
 OURS = {PLAN, WEIGHTS, *COMPANIONS, "model.onnx", "model.pt2", "model.keras", "README.md"}
+QUANTIZES = Quantize | QuantizeDynamically | QuantizeWeight
 OURS |= {"quantization.json", "openvino_model.xml", "openvino_model.bin", "report.html"}
 
 
@@ -118,16 +122,25 @@ def _readme(smaller: Smaller, usage: str) -> str:
 """
 
 
-def load(folder: str | Path, into: Any = None, example: Example | None = None) -> Smaller:
-    """Rebuild the smaller float network from a folder that ``save`` or ``compress`` wrote.
+def load(
+    folder: str | Path,
+    into: Any = None,
+    example: Example | None = None,
+    *,
+    quantized: bool = False,
+) -> Smaller:
+    """Rebuild the smaller float network from a folder that ``save`` or ``compress`` wrote, or the quantized one.
+
+    After quantization-aware training the float network has the trained weights.
 
     Args:
         folder: has ``plan.json`` and ``model.safetensors``; or a ``.pt2`` or ``.keras`` file, which need no class.
         into: the original model: an ``nn.Module`` of the same class and sizes, or the path that it came from.
         example: example inputs.
+        quantized: whether ``network`` is the quantized network, and the float one its ``trainable``.
 
     Raises:
-        InputError: the folder has no plan, or it does not fit the model.
+        InputError: the folder has no plan, or it does not fit the model; or there is nothing quantized in it.
     """
     folder = Path(folder)
     if folder.suffix in (".pt2", ".keras") and into is None:
@@ -145,11 +158,18 @@ def load(folder: str | Path, into: Any = None, example: Example | None = None) -
         plan = Plan.from_json((folder / PLAN).read_text())
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder / PLAN} cannot be read: {error}") from error
-    # Ranges belong to the artifact: the weights on disk are float and trainable.
-    plan = Plan(tuple(edit for edit in plan.edits if not edit.of_artifact))
-    smaller = plan.apply(network)
     try:
         weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise InputError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    # Ranges belong to the artifact: the weights on disk are float and trainable.
+    done = Plan(tuple(edit for edit in plan.edits if not edit.of_artifact))
+    smaller = done.apply(network)
+    if any(edit.of_artifact for edit in plan.edits) and not _fits(weights, smaller):
+        # Trained weights for which the class has no place: those of the folded graph.
+        done = Plan(tuple(edit for edit in plan.edits if not isinstance(edit, QUANTIZES)))
+        smaller = done.apply(network)
+    try:
         if masks_of(smaller.module) and not any("parametrizations" in name for name in weights):
             smaller = unmask(smaller)  # a later step made the zeros permanent
         state = (
@@ -159,6 +179,18 @@ def load(folder: str | Path, into: Any = None, example: Example | None = None) -
         for name in state.keys() - weights.keys():
             del state[name]
         smaller.module.load_state_dict(state)
-    except (RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:
         raise InputError(f"{folder / WEIGHTS} does not fit the model: {error}") from error
-    return Smaller(smaller, network, plan)
+    if not quantized:
+        return Smaller(smaller, network, done)
+    applied = {id(edit) for edit in done.edits}
+    rest = Plan(tuple(edit for edit in plan.edits if id(edit) not in applied))
+    if not rest.edits:
+        raise InputError(f"{folder} has no quantized network; leave quantized=True out")
+    return Smaller(rest.apply(smaller), network, plan, smaller)
+
+
+def _fits(weights: Mapping[str, Tensor], network: Network) -> bool:
+    """Whether weights are those of a network, by their names, held at zero or not."""
+    plain = {plain_name(name) for name in network.module.state_dict() if "0.mask" not in name}
+    return {plain_name(name) for name in weights if "0.mask" not in name} <= plain

@@ -2,10 +2,13 @@
 
 from tinier.data.base import Examples
 from tinier.edits.base import Plan
-from tinier.edits.fake_quantize import plan_of, repair_saturation, trainable
+from tinier.edits.fake_quantize import plan_of, repair_saturation, split, trainable
 from tinier.edits.quantize import Quantize, QuantizeWeight
+from tinier.edits.unfold import unfolded
+from tinier.errors import RefusedError
 from tinier.measure.machine import machine
 from tinier.modules.fake_quantize import LearnSteps
+from tinier.network import Network
 from tinier.recovery.loop import recover
 from tinier.verbs.calibration import ended_early
 from tinier.verbs.smaller import Smaller
@@ -39,7 +42,8 @@ def train_quantized(
         seed: of the order of the examples.
 
     Returns:
-        The network quantized with the trained weights, and its plan.
+        The network quantized with the trained weights, and its plan; ``trainable`` is the trained float network, of the user's class where
+        that has a place for every weight, else its folded graph.
 
     Cost:
         As ``recovery.loop.recover``, and about half as much again for the quantizers.
@@ -64,14 +68,24 @@ def train_quantized(
     if static and not machine().vnni:
         notes += repair_saturation(done.network, own)
     plan = plan_of(done.network, own)
-    note = (
-        f"trained quantized for {done.epochs:.2g} epochs in {done.seconds:.0f} s; the trained weights are in the plan and the artifact, "
-        "the float weights that save writes are those from before"
-    )
+    parent, said = _parent(quantized.trainable, plan)
+    note = f"trained quantized for {done.epochs:.2g} epochs in {done.seconds:.0f} s"
     return Smaller(
         plan.apply(quantized.trainable),
         quantized.original,
         earlier + plan,
-        quantized.trainable,
-        (*quantized.notes, note, *notes),
+        parent,
+        (*quantized.notes, note, *said, *notes),
     )
+
+
+def _parent(network: Network, plan: Plan) -> tuple[Network, tuple[str, ...]]:
+    """The float network with the weights that were trained."""
+    folded = split(plan)[0].apply(network)
+    try:
+        return unfolded(network, folded), ()
+    except RefusedError as error:
+        note = (
+            f"the trained float network is a graph with its norms folded, not of its class: {error}"
+        )
+        return folded, (note,)
