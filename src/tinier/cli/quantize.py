@@ -36,6 +36,13 @@ def quantize(
     activations: Annotated[
         int, typer.Option(help="Bits of activations; 0 leaves them float: weights alone.")
     ] = 8,
+    symmetric_activations: Annotated[
+        bool,
+        typer.Option(
+            "--symmetric-activations",
+            help="Zero points of activations are 0, for accelerators that have none.",
+        ),
+    ] = False,
     dynamic: Annotated[
         bool,
         typer.Option(
@@ -50,6 +57,9 @@ def quantize(
     group: Annotated[
         int | None, typer.Option(help="Inputs that share a scale, for weights alone.")
     ] = None,
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="One scale for all channels of a weight.")
+    ] = False,
     symmetric: Annotated[
         bool | None,
         typer.Option(
@@ -58,8 +68,11 @@ def quantize(
         ),
     ] = None,
     rounding: Annotated[
-        str, typer.Option(help="nearest, error_feedback, hqq, learned or learned_blocks.")
-    ] = "nearest",
+        str | None,
+        typer.Option(
+            help="nearest, error_feedback, hqq, learned or learned_blocks; hqq if not given for groups of few bits without data."
+        ),
+    ] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,7 +86,7 @@ def quantize(
     correction: Annotated[
         list[str] | None,
         typer.Option(
-            help="cross_layer_equalization, smooth_quant, bias_correction, or none; may be repeated."
+            help="cross_layer_equalization, smooth_quant, batch_norm_reestimation, bias_correction, or none; may be repeated."
         ),
     ] = None,
     restore: Annotated[
@@ -125,9 +138,11 @@ def quantize(
                 data=data,
                 bits=bits,
                 activations="dynamic" if dynamic else activations or None,
+                symmetric_activations=symmetric_activations,
                 ranges=ranges,
                 weight_ranges=weight_ranges,
                 group=group,
+                per_tensor=per_tensor,
                 symmetric=symmetric,
                 rounding=rounding,
                 layers=_layers(layer),

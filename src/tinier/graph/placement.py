@@ -218,6 +218,9 @@ class _Placer:
                 self.result.shares[node.name] = self.find(node).name
                 if (clamp := clamp_bounds(node)) is not None:
                     self.result.bounds[node.name] = clamp
+                    source = node.args[0]
+                    if _role(source).kind is Kind.WEIGHTED and len(source.users) == 1:
+                        self.result.before[node.name] = source.name
         return self.result
 
     def weighted(self, node: fx.Node, role: Role) -> str | None:

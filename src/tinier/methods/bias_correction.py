@@ -105,21 +105,35 @@ def correct_biases(
 
 
 def correct_biases_noted(
-    folded: Network, plan: Plan, batches: Iterable[Batch], *, most: int = MOST
+    folded: Network,
+    plan: Plan,
+    batches: Iterable[Batch],
+    *,
+    most: int = MOST,
+    aim: Network | None = None,
 ) -> tuple[Plan, tuple[str, ...]]:
-    """As ``correct_biases``, and what there is to say of single layers."""
-    return _corrected(folded, plan, examples(folded, batches, most), True)
+    """As ``correct_biases``, and what there is to say of single layers.
+
+    ``aim`` is what has the results y; None for the float network with the plan's `Assign` edits, which then leave its function as
+    it is.
+    """
+    return _corrected(folded, plan, examples(folded, batches, most), True, aim)
 
 
 def _corrected(
-    folded: Network, plan: Plan, data: Sequence[Sequence[Tensor]], norms: bool
+    folded: Network,
+    plan: Plan,
+    data: Sequence[Sequence[Tensor]],
+    norms: bool,
+    aim: Network | None = None,
 ) -> tuple[Plan, tuple[str, ...]]:
     if sum(len(batch[0]) for batch in data) < 2:
         return plan, ("bias correction left out: two examples or more are needed to check it",)
     before = Plan(tuple(edit for edit in plan.edits if isinstance(edit, Assign)))
     rest = Plan(tuple(edit for edit in plan.edits if not isinstance(edit, Assign)))
     base = before.apply(folded) if before.edits else folded
-    correction = _Correction(fold(base.traced.module), _module(rest, base), rest, data, norms)
+    wanted, own = (fold(one.traced.module) for one in (aim or base, base))
+    correction = _Correction(wanted, own, _module(rest, base), rest, data, norms)
     correction.run()
     if not correction.edits:
         return plan, correction.notes
@@ -138,10 +152,11 @@ def _module(plan: Plan, folded: Network) -> fx.GraphModule:
 
 
 class _Correction:
-    """One run of the float and the quantized graph side by side."""
+    """One run of the float and the quantized graph side by side; ``module`` has the biases that are corrected."""
 
     def __init__(
         self,
+        aim: fx.GraphModule,
         module: fx.GraphModule,
         quantized: fx.GraphModule,
         plan: Plan,
@@ -149,7 +164,7 @@ class _Correction:
         norms: bool,
     ) -> None:
         self.module, self.norms = module, norms
-        self.float, self.quantized = Walk(module, data), Walk(quantized, data)
+        self.float, self.quantized = Walk(aim, data), Walk(quantized, data)
         self.twins = {node.name: node for node in self.float.nodes if node.op == "call_function"}
         self.readers = _reader_count(module)
         self.scales = {

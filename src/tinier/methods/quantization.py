@@ -39,6 +39,8 @@ class Quantization(Method):
     Attributes:
         bits: of weights, 2 to 16; up to 8 where activations stay float.
         activations: bits of activations, 2 to 16; None leaves them float: weights alone are stored as integers.
+        symmetric_activations: zero points of activations are 0, for hardware that has none: integers of both signs, half of which are
+            unused where values are never negative.
         dynamic: with ``activations=None``: inputs of linear layers are rounded to 8 bits in the range of each run, and multiplied as
             integers. Needs no data.
         ranges: of activations: ``"minmax"``, ``"percentile"``, ``"moving_average"``, ``"mse"`` for the least squared error, or
@@ -46,7 +48,7 @@ class Quantization(Method):
         weight_ranges: of weights: ``"minmax"``, ``"percentile"``, ``"mse"``, or ``"importance"``: least squared error of each weight times
             the mean square of its input; None for what ``ranges`` is, or ``"mse"`` where that is no rule for weights.
         group: inputs of a linear layer or entries of an embedding that share a scale; None for one scale a channel. Weights alone only.
-        per_tensor: one scale for all channels of a weight.
+        per_tensor: one scale for all channels of a weight, for hardware that has no scale a channel.
         symmetric: zero points of weights are 0. Integer operators need that; for weights alone it can be false.
         rounding: ``"nearest"``; ``"error_feedback"``: what rounding one weight changes, the others of its channel take up, as far as the
             inputs allow; ``"hqq"``: without data, the least error in a norm that forgives outliers.
@@ -65,6 +67,7 @@ class Quantization(Method):
 
     bits: int = 8
     activations: int | None = 8
+    symmetric_activations: bool = False
     dynamic: bool = False
     ranges: str = "mse"
     weight_ranges: str | None = None
@@ -95,6 +98,14 @@ class Quantization(Method):
             raise InputError(f"activations={self.activations}: 2 to 16 bits are possible, or None")
         if self.group is not None and self.group < 2:
             raise InputError(f"group={self.group}: 2 or more inputs, or None for whole channels")
+        if self.per_tensor and self.group is not None:
+            raise InputError(
+                f"per_tensor=True: one scale a tensor, and group={self.group} asks for one a group of inputs; leave one out"
+            )
+        if self.symmetric_activations and self.activations is None:
+            raise InputError(
+                "symmetric_activations=True: activations stay float or have the range of each run; give activations=8"
+            )
         if self.dynamic and self.activations is not None:
             raise InputError(
                 f"activations={self.activations}: dynamic ranges are for activations=None"
@@ -244,7 +255,7 @@ class Quantization(Method):
         self, network: Network, placement: Placement, statistics: Statistics, bits: int
     ) -> list[Quantize]:
         """Values that share a scale get the range of all of them together."""
-        integers = Integers.unsigned(bits)
+        integers = self._integers(bits)
         missing = [name for name in placement.values if name not in statistics.activations]
         if missing:
             raise RefusedError(
@@ -264,6 +275,12 @@ class Quantization(Method):
                 edits.append(_edit(before, first, integers, ()))
             edits.append(_edit(name, (scale, zero_point), integers, readers))
         return edits
+
+    def _integers(self, bits: int) -> Integers:
+        """Of activations. Runtimes clamp to all integers of a type, so that the one without an opposite stays."""
+        if self.symmetric_activations:
+            return Integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return Integers.unsigned(bits)
 
     def _shared(
         self, placement: Placement, histograms: Mapping[str, Histogram], integers: Integers
@@ -288,7 +305,8 @@ class Quantization(Method):
         self, histogram: Histogram, bounds: Bounds, integers: Integers
     ) -> tuple[float, int]:
         """(scale, zero point) of values with this histogram, within the bounds of a clamp where they all are."""
-        low, high = activation_range(histogram, integers, self.ranges)
+        signs = self.symmetric_activations
+        low, high = activation_range(histogram, integers, self.ranges, symmetric=signs)
         scale, zero_point = asymmetric(torch.tensor(low), torch.tensor(high), integers)
         if bounds[0] <= low and high <= bounds[1]:
             scale = within(scale, zero_point, integers, *bounds)

@@ -47,6 +47,7 @@ class SmoothQuant(Method):
         ranges: of activations, "minmax" or "mse".
         weight_ranges: "minmax", "percentile" or "mse"; None for what ``ranges`` is.
         per_tensor: one scale for all channels of a weight.
+        symmetric_activations: zero points of activations are 0.
         alphas: strengths that are tried, each in (0, 1).
         least_gain: part of a place's squared error that must go away, else it is left as it is.
         exclude: weights that stay float: places that only such layers read are left as they are.
@@ -66,6 +67,7 @@ class SmoothQuant(Method):
     ranges: str = "mse"
     weight_ranges: str | None = None
     per_tensor: bool = False
+    symmetric_activations: bool = False
     alphas: tuple[float, ...] = ALPHAS
     least_gain: float = 0.15
     exclude: tuple[str, ...] = ()
@@ -234,9 +236,13 @@ class _Trial:
         return total
 
     def _rounded(self, x: Tensor) -> Tensor:
-        histogram, integers = Histogram(), Integers.unsigned(self.method.activations)
+        signs, bits = self.method.symmetric_activations, self.method.activations
+        integers = Integers.unsigned(bits)
+        if signs:
+            integers = Integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        histogram = Histogram()
         histogram.add(x)
-        low, high = activation_range(histogram, integers, self.method.ranges)
+        low, high = activation_range(histogram, integers, self.method.ranges, symmetric=signs)
         scale, zero_point = asymmetric(torch.tensor(low), torch.tensor(high), integers)
         return fake_quantize(x, scale, zero_point, integers)
 

@@ -133,7 +133,7 @@ def packed_bytes(network: Network, method: Quantization, choices: Sequence[int])
         weight = read(module, store.name)
         assert weight is not None
         channels = weight.shape[store.axis]
-        scales = channels
+        scales = 1 if method.per_tensor else channels
         if method.group and store.kind in ("linear", "embedding"):
             scales = weight.numel() // method.group
         each = 4.0 if method.symmetric else 5.0

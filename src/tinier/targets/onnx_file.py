@@ -17,6 +17,7 @@ from tinier.network import Network
 from tinier.targets.onnx_dynamic import multiply_integers
 from tinier.targets.onnx_folded import fold_weights
 from tinier.targets.onnx_integers import compact
+from tinier.targets.onnx_scalar import share_scales
 
 OPSET = 18
 PRODUCER = "tinier"
@@ -75,6 +76,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     multiply_integers(model)
     compact(model)
     fold_weights(model)
+    share_scales(model)
     _strip(model)
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from tinier.edits.assign import Fold
 from tinier.edits.base import Plan
 from tinier.errors import InputError
+from tinier.methods import batch_norm_reestimation as reestimation
 from tinier.methods.bias_correction import BiasCorrection, correct_biases_noted
 from tinier.methods.cross_layer_equalization import CrossLayerEqualization
 from tinier.methods.quantization import Quantization
@@ -16,8 +17,13 @@ from tinier.methods.smooth_quant import MOST, SmoothQuant
 from tinier.network import Network
 from tinier.statistics import Statistics
 
-CORRECTIONS = (CrossLayerEqualization.name, SmoothQuant.name, BiasCorrection.name)
-NEED_DATA = frozenset({SmoothQuant.name, BiasCorrection.name})
+CORRECTIONS = (
+    CrossLayerEqualization.name,
+    SmoothQuant.name,
+    reestimation.NAME,
+    BiasCorrection.name,
+)
+NEED_DATA = frozenset({SmoothQuant.name, reestimation.NAME, BiasCorrection.name})
 
 
 def chosen(corrections: Sequence[str] | None, method: Quantization) -> tuple[str, ...]:
@@ -52,11 +58,13 @@ class Prepared:
     Attributes:
         network: folded, with new weights.
         plan: what makes it of the original.
+        normed: weights that batch norms were folded into.
         notes: what there is to say.
     """
 
     network: Network
     plan: Plan
+    normed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -92,6 +100,7 @@ def prepared(
             ranges=method.ranges,
             weight_ranges=rule,
             per_tensor=method.per_tensor,
+            symmetric_activations=method.symmetric_activations,
             exclude=tuple(n for n, _ in folded.module.named_parameters() if not method.bits_of(n)),
         )
         data = Statistics({}, 0, samples=tuple(spread(folded, batches, MOST)))
@@ -100,20 +109,26 @@ def prepared(
         if edits.edits:
             plan += edits
             folded = plan.apply(network)
-    return Prepared(folded, plan, notes)
+    return Prepared(folded, plan, reestimation.normed(network), notes)
 
 
 def corrected(
-    folded: Network, plan: Plan, names: Sequence[str], batches: Sequence[dict[str, Tensor]]
+    before: Prepared, plan: Plan, names: Sequence[str], batches: Sequence[dict[str, Tensor]]
 ) -> tuple[Plan, tuple[str, ...]]:
-    """A quantization with its biases put right, where that was asked for, and what there is to say.
+    """A quantization with its norms and biases put right, where that was asked for, and what there is to say.
 
     Args:
-        folded: the float network that ``plan`` is for.
+        before: the float network that ``plan`` is for.
         plan: the quantization.
         names: from ``chosen``.
         batches: inputs.
     """
-    if BiasCorrection.name not in names:
-        return plan, ()
-    return correct_biases_noted(folded, plan, spread(folded, batches, BiasCorrection().most))
+    folded, notes = before.network, tuple[str, ...]()
+    if reestimation.NAME in names:
+        few = spread(folded, batches, reestimation.MOST)
+        plan, notes = reestimation.reestimate_folded_norms(folded, plan, few, before.normed)
+    if BiasCorrection.name in names:
+        few = spread(folded, batches, BiasCorrection().most)
+        plan, more = correct_biases_noted(folded, plan, few, aim=folded)
+        notes += more
+    return plan, notes

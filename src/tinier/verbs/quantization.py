@@ -23,6 +23,7 @@ from tinier.verbs.smaller import Smaller, network_of, since
 
 # How rounding is learned → whether in blocks.
 LEARNED = {"learned": False, "learned_blocks": True}
+HQQ = "groups of few bits lose less so than by the nearest; rounding='nearest' leaves it out"
 
 
 def quantize(
@@ -32,11 +33,13 @@ def quantize(
     *,
     bits: int = 8,
     activations: int | str | None = 8,
+    symmetric_activations: bool = False,
     ranges: str = "mse",
     weight_ranges: str | None = None,
     group: int | None = None,
+    per_tensor: bool = False,
     symmetric: bool | None = None,
-    rounding: str = "nearest",
+    rounding: str | None = None,
     layers: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
     corrections: Sequence[str] | None = None,
@@ -58,16 +61,19 @@ def quantize(
         bits: of weights, 2 to 16; to 8 where activations stay float.
         activations: bits of activations; None stores weights as integers and computes in float; "dynamic" rounds inputs of linear layers to
             8 bits in the range of each run, which needs no data.
+        symmetric_activations: zero points of activations are 0, for accelerators that have none.
         ranges: of activations, "minmax", "percentile", "moving_average", "mse" or "entropy".
         weight_ranges: of weights, "minmax", "percentile", "mse" or "importance"; None for what ``ranges`` is.
         group: inputs that share a scale, for weights alone; None for one scale a channel.
+        per_tensor: one scale for all channels of a weight, for hardware that has no scale a channel.
         symmetric: whether zero points of weights are 0; None for yes, but no below 8 bits where activations stay float.
         rounding: "nearest", "error_feedback", "hqq", or learned on the data by gradient descent: "learned" layer by layer,
-            "learned_blocks" all weights of a residual block together.
+            "learned_blocks" all weights of a residual block together. None for "hqq" where weights alone have less than 8 bits in groups
+            and there is no data, else for "nearest".
         layers: module or parameter pattern → bits of its weights, 0 for float.
         exclude: patterns of modules or parameters that stay float.
-        corrections: any of "cross_layer_equalization", "smooth_quant" and "bias_correction"; () for none. None for the last where
-            activations are quantized, and none for weights alone.
+        corrections: any of "cross_layer_equalization", "smooth_quant", "batch_norm_reestimation" and "bias_correction"; () for none. None
+            for the last where activations are quantized, and none for weights alone.
         restore: share in (0, 1) of the output's error that may be left: layers stay float, those first that give back most for each weight.
         max_size: bytes, or a text such as "1MB", that the weights may take, packed without gaps: each layer gets bits of its own, so that
             the outputs lose least.
@@ -88,7 +94,7 @@ def quantize(
         A run of the network over the data; for corrections about ten over 64 to 128 examples; with error feedback one more and, for each
         layer, 8 · (inputs · kernel)² bytes; with ranges by importance 32 bytes for each column of a layer.
     """
-    if rounding not in (*ROUNDINGS, *LEARNED):
+    if rounding not in (None, *ROUNDINGS, *LEARNED):
         raise InputError(f"rounding={rounding!r}: {', '.join((*ROUNDINGS, *LEARNED))} are known")
     dynamic = activations == "dynamic"
     if isinstance(activations, str):
@@ -97,13 +103,21 @@ def quantize(
         activations = None
     if symmetric is None:
         symmetric = activations is not None or dynamic or bits >= 8
+    said: tuple[str, ...] = ()
+    if rounding is None:
+        alone = activations is None and not dynamic
+        small = alone and group is not None and bits < 8 and data is None
+        rounding = "hqq" if small else "nearest"
+        said = (f"rounded by hqq, as there is no data: {HQQ}",) if small else ()
     method = Quantization(
         bits=bits,
         activations=activations,
+        symmetric_activations=symmetric_activations,
         dynamic=dynamic,
         ranges=ranges,
         weight_ranges=weight_ranges,
         group=group,
+        per_tensor=per_tensor,
         symmetric=symmetric,
         rounding="nearest" if rounding in LEARNED else rounding,
         layers=tuple((layers or {}).items()),
@@ -142,10 +156,10 @@ def quantize(
     statistics = None
     if batches:
         statistics = _statistics(folded, method, batches, method.needs | asked.needs)
-    said: tuple[str, ...] = ()
     if runtime is not None and statistics is not None:
         cores = threads or psutil.cpu_count(logical=False) or 1
-        method, said = asked.fast(folded, method, statistics, batches, runtime, cores)
+        method, more = asked.fast(folded, method, statistics, batches, runtime, cores)
+        said += more
     if asked.max_size is not None:
         method, more = asked.small(folded, method, statistics, batches)
         said += more
@@ -157,7 +171,7 @@ def quantize(
         blocks, safe = LEARNED[rounding], method.saturation_free
         learned = learn_rounding(folded, plan, batches, blocks=blocks, saturation_free=safe)
         plan, notes = learned.plan, (*notes, *learned.notes)
-    plan, added = corrected(folded, plan, names, batches)
+    plan, added = corrected(before, plan, names, batches)
     notes = (*network.notes, *said, *notes)
     if corrections is not None:
         notes += (*before.notes, *added)  # who asked for them wants to know where they do nothing
