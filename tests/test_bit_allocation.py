@@ -1,6 +1,7 @@
 """Bits of each layer: the integer programme against all choices, sensitivities against whole runs, times of layers on real runtimes."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 
 import tinier
+from tinier.edits.base import Plan
 from tinier.edits.quantize import QuantizeWeight
-from tinier.errors import InputError, RefusedError
+from tinier.errors import DataError, InputError, RefusedError
 from tinier.measure.layer_times import assigned, labels, layer_times
 from tinier.methods.quantization import Quantization
 from tinier.network import Network
 from tinier.search.bit_allocation import allocate, packed_bytes, sensitivities
-from tinier.statistics import observe
+from tinier.statistics import collect, observe
 from tinier.targets.base import Kernel, targets_for
 from tinier.targets.onnx_file import write_onnx
 from tinier.verbs.mixture import Mixture
@@ -80,6 +82,92 @@ def test_sensitivities_are_those_of_whole_runs() -> None:
     with pytest.raises(InputError, match="kl, output, fisher"):
         sensitivities(network, method, [], (8,), kind="hessian")
     assert x.shape[0] == 24 and scale.shape == (5, 1)
+
+
+@pytest.mark.parametrize("activations", [4, "dynamic"])
+@pytest.mark.parametrize("kind", ["kl", "output"])
+def test_a_layer_is_its_weight_and_what_it_multiplies(kind: str, activations: int | str) -> None:
+    """Against the whole network with one layer quantized, as the edits do it."""
+    network, data, method = rounded(activations)
+    statistics = collect(network, [{"input": data}]) if method.activations else None
+    found = sensitivities(network, method, [{"input": data}], (0, 3, 8), statistics, kind)
+    alone = sensitivities(
+        network,
+        Quantization(activations=None, ranges="minmax"),
+        [{"input": data}],
+        (3, 8),
+        kind=kind,
+    )
+    inputs = {"0.weight": "input_1", "2.weight": "relu", "4.weight": "relu_1"}
+    assert list(found) == list(inputs)
+    wanted = network.module(data).detach()
+    for name, source in inputs.items():
+        for bits in (3, 8):
+            plan = replace(method, bits=bits).plan(network, statistics)
+            edits = [edit for edit in plan.edits if getattr(edit, "tensor", "") in (name, source)]
+            assert len(edits) == 2
+            after = Plan(tuple(edits)).apply(network).module(data).detach()
+            assert found[name][bits] == pytest.approx(change(wanted, after, kind), rel=1e-3)
+        assert found[name][0] == 0
+    assert found["2.weight"][8] > 2 * alone["2.weight"][8], "activations lose more than the weight"
+
+
+def test_fisher_of_what_a_layer_multiplies() -> None:
+    """Against squared gradients of one example after the other, of the layers written out by hand."""
+    network, data, method = rounded(4)
+    statistics = collect(network, [{"input": data}])
+    squares = observe(network, [{"input": data}], {"squares"}).squares
+    both = replace(statistics, squares=squares)
+    found = sensitivities(network, method, [{"input": data}], (0, 8), both, "fisher")
+    weights = sensitivities(
+        network, Quantization(activations=None, ranges="minmax"), [], (8,), both, "fisher"
+    )
+    edits = {edit.tensor: edit for edit in method.roundings(network, statistics)}
+    layers = [network.module.get_submodule(str(n)) for n in (0, 2, 4)]
+    with torch.no_grad():
+        logits = network.module(data)
+    # The answers that are drawn are those of the same seed.
+    chances = logits.softmax(1)
+    answers = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    total = dict.fromkeys(found, 0.0)
+    for x, answer in zip(data, answers, strict=True):
+        reads = [x]
+        for number, layer in enumerate(layers):
+            reads[-1] = reads[-1].detach().requires_grad_() if not number else reads[-1]
+            reads[-1].retain_grad()
+            y = layer(reads[-1])
+            reads.append(torch.relu(y) if number < 2 else y)
+        torch.nn.functional.cross_entropy(reads[-1], answer).backward()
+        for (name, source), read in zip(
+            (("0.weight", "input_1"), ("2.weight", "relu"), ("4.weight", "relu_1")),
+            reads[:3],
+            strict=True,
+        ):
+            assert read.grad is not None
+            moved = edits[source].rounded(read.detach()) - read.detach()
+            total[name] += float((read.grad * moved).double().square().sum()) / len(data)
+    for name, part in total.items():
+        assert found[name][8] - weights[name][8] == pytest.approx(part, rel=1e-3)
+        assert found[name][0] == 0 < part
+    with pytest.raises(DataError, match="no examples"):
+        sensitivities(network, method, [], (8,), both, "fisher")
+
+
+def rounded(activations: int | str) -> tuple[Network, torch.Tensor, Quantization]:
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    network = Network(nn.Sequential(*layers).eval(), {"input": torch.randn(2, 6)})
+    dynamic = activations == "dynamic"
+    bits = None if isinstance(activations, str) else activations
+    method = Quantization(activations=bits, dynamic=dynamic, ranges="minmax")
+    return network, torch.randn(24, 6), method
+
+
+def change(before: torch.Tensor, after: torch.Tensor, kind: str) -> float:
+    if kind == "output":
+        return float((after - before).double().square().mean() / before.double().var())
+    p, r = before.double().log_softmax(1), after.double().log_softmax(1)
+    return float((p.exp() * (p - r)).sum(1).mean())
 
 
 def test_bits_within_a_size() -> None:

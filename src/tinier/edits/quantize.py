@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tinier.edits.base import Edit, Values
@@ -18,7 +19,7 @@ from tinier.errors import RefusedError
 from tinier.graph.dynamic import round_dynamically
 from tinier.graph.fold import fold, pruned, read
 from tinier.network import Network
-from tinier.tensors.affine import Integers
+from tinier.tensors.affine import Integers, fake_quantize
 from tinier.tensors.grid import Grid
 
 STAGE = "quantize"
@@ -51,6 +52,11 @@ class Quantize(Edit):
     def integers(self) -> Integers:
         """The integers that the values become."""
         return Integers(self.low, self.high)
+
+    def rounded(self, value: Tensor) -> Tensor:
+        """What the readers read where the activation is ``value``, of the same shape."""
+        scale, zero_point = torch.tensor(self.scale), torch.tensor(self.zero_point)
+        return fake_quantize(value, scale, zero_point, self.integers)
 
     def row(self) -> tuple[str, str]:
         bits = self.integers.steps.bit_length()

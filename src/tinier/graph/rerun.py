@@ -1,6 +1,6 @@
 """Run a graph once, then again from one node on: what a change there does to the outputs, without computing again what comes before."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,30 @@ class Rerun(fx.Interpreter):
     def with_value(self, node: fx.Node, value: Any) -> tuple[Tensor, ...]:
         """The outputs when a node has another value."""
         return self._rest({node: value})
+
+    def with_reads(
+        self, reads: Mapping[fx.Node, Mapping[fx.Node, Callable[[Any], Any]]]
+    ) -> tuple[Tensor, ...]:
+        """The outputs when several nodes read other values, each made of what the input has become by then.
+
+        Args:
+            reads: node → input of it → what it reads of the input's value.
+
+        Cost:
+            A run of the nodes that depend on one of them.
+        """
+        env, done = dict(self.values), set[fx.Node]()
+        with torch.no_grad():
+            for node in self.order:
+                own = reads.get(node, {})
+                if not own and not any(source in done for source in node.all_input_nodes):
+                    continue
+                self.env = {**env, **{source: by(env[source]) for source, by in own.items()}}
+                if node.op == "output":
+                    return leaves(self.run_node(node))
+                env[node] = self.run_node(node)
+                done.add(node)
+        return self.outputs
 
     def _rest(self, fresh: dict[fx.Node, Any]) -> tuple[Tensor, ...]:
         self.env = {**self.values, **fresh}

@@ -15,7 +15,6 @@ from tinier.graph.fold import fold, read
 from tinier.graph.rerun import Rerun, value_bytes
 from tinier.graph.rules import operator_name
 from tinier.network import Network
-from tinier.tensors.affine import fake_quantize
 
 MEMORY = 2**30  # bytes of the values that are kept at once
 CAUSES = ("weight rounding", "weight clipping", "activation rounding", "activation clipping")
@@ -27,8 +26,8 @@ QUANTIZES = Quantize | QuantizeDynamically | QuantizeWeight
 class LayerLoss:
     """What quantizing one layer does to the outputs.
 
-    Every loss is the mean squared change of the floating-point outputs, divided by their variance. Activations that are rounded in the range
-    of each run lose by rounding alone: such a range clips nothing.
+    Every loss is the mean squared change of the floating-point outputs, divided by their variance. Activations rounded in the range of
+    each run lose by rounding alone: such a range clips nothing.
 
     Attributes:
         layer: its weight's name without ".weight", or the node's name.
@@ -248,8 +247,7 @@ def _activation_parts(edit: Quantize | QuantizeDynamically, value: Any) -> dict[
     if isinstance(edit, QuantizeDynamically):
         rounded = edit.rounded(value)
         return {"activation rounding": rounded, "all": rounded}
-    scale, zero = torch.tensor(edit.scale), torch.tensor(edit.zero_point)
-    whole = fake_quantize(value, scale, zero, edit.integers)
+    whole = edit.rounded(value)
     low, high = ((end - edit.zero_point) * edit.scale for end in (edit.low, edit.high))
     clipped = value.clamp(low, high)
     inside = torch.where(clipped == value, whole, value)

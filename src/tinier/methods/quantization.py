@@ -225,6 +225,18 @@ class Quantization(Method):
             placement = place(module, lambda name: not self.bits_of(name))
         return self._stores(module, placement)
 
+    def roundings(
+        self, network: Network, statistics: Statistics | None = None
+    ) -> list[Quantize | QuantizeDynamically]:
+        """How activations are rounded; arguments and errors as of ``plan``."""
+        module = fold(network.traced.module)
+        if self.activations is None:
+            return [*self._dynamic(module, self._stores(module, Placement()))[1]]
+        if statistics is None:
+            raise InputError("quantization needs data: statistics=collect(network, batches)")
+        placement = place(module, lambda name: not self.bits_of(name))
+        return [*self._activations(network, placement, statistics, self.activations)]
+
     def _stores(self, module: fx.GraphModule, placement: Placement) -> list[Store]:
         """The weights to store, in the order of the graph."""
         known = stored(module)
