@@ -90,6 +90,7 @@ PUBLIC: set[str] = {
     "quantize",
     "recover",
     "save",
+    "share",
     "shrink",
     "sparsify",
     "unpack",

@@ -17,6 +17,7 @@ from tinier.verbs import (
     quantize,
     recover,
     save,
+    share,
     sparsify,
     unpack,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "quantize",
     "recover",
     "save",
+    "share",
     "shrink",
     "sparsify",
     "unpack",

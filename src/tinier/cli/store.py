@@ -11,8 +11,11 @@ from tinier.cli.app import Json, app, guarded, print_json
 from tinier.report import words
 from tinier.report.packed_file import Packed
 from tinier.report.terminal import Bars
+from tinier.verbs import Smaller
 from tinier.verbs import pack as run_pack
+from tinier.verbs import share as run_share
 from tinier.verbs import unpack as run_unpack
+from tinier.verbs.disk import PACKED, write_all
 
 
 @app.command()
@@ -40,6 +43,52 @@ def pack(
     console = Console()
     console.print(_table(packed))
     console.print(f"\n{out}: {words.times(packed.ratio)} smaller", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def share(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="An .onnx, .keras or .pt2 file, a Hugging Face directory, or module:function that gives an nn.Module."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Examples, so that errors count as much as the loss feels them."),
+    ] = None,
+    bits: Annotated[
+        int, typer.Option(help="Of a label: 4 for 16 values in each tensor; 1 to 8.")
+    ] = 4,
+    rule: Annotated[str, typer.Option(help="kmeans, median or minmax.")] = "kmeans",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Module or parameter that is left alone, * for any; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Give the weights of each tensor few values, and pack them: a small file, of which the network computes in float."""
+
+    def work(bars: Bars) -> tuple[Smaller, Packed]:
+        with bars.task("sharing", None):
+            smaller = run_share(model, data=data, bits=bits, rule=rule, exclude=exclude or ())
+        with bars.task("writing and packing", None):
+            write_all(smaller, out)
+            return smaller, run_pack(smaller, out / PACKED)
+
+    smaller, packed = guarded(work)
+    if as_json:
+        facts = {**smaller.as_dict(), "packed": packed.as_dict(), "folder": str(out)}
+        print_json(facts)
+        return
+    console = Console()
+    console.print(_table(packed))
+    for note in smaller.notes:
+        console.print(words.clean(note), style="dim", soft_wrap=True)
+    console.print(
+        f"\n{out / PACKED}: {words.times(packed.ratio)} smaller", soft_wrap=True, highlight=False
+    )
 
 
 @app.command()

@@ -5,6 +5,7 @@ from tinier.verbs.delivery import deliver
 from tinier.verbs.disk import load, save
 from tinier.verbs.pruning import prune
 from tinier.verbs.quantization import quantize
+from tinier.verbs.sharing import share
 from tinier.verbs.smaller import Smaller
 from tinier.verbs.sparsity import sparsify
 from tinier.verbs.steps import export, recover
@@ -21,6 +22,7 @@ __all__ = [
     "quantize",
     "recover",
     "save",
+    "share",
     "sparsify",
     "unpack",
 ]

@@ -25,7 +25,8 @@ from tinier.sources.keras import write_keras
 from tinier.targets.onnxruntime import OnnxRuntime
 from tinier.verbs.smaller import Smaller, network_of
 
-OURS = {PLAN, WEIGHTS, *COMPANIONS, "model.onnx", "model.pt2", "model.keras", "README.md"}
+PACKED = "model.tinier"
+OURS = {PLAN, WEIGHTS, *COMPANIONS, "model.onnx", "model.pt2", "model.keras", "README.md", PACKED}
 QUANTIZES = Quantize | QuantizeDynamically | QuantizeWeight
 OURS |= {"quantization.json", "openvino_model.xml", "openvino_model.bin", "report.html"}
 
@@ -108,7 +109,7 @@ def write_all(smaller: Smaller, folder: str | Path) -> None:
 
 
 def _readme(smaller: Smaller, usage: str) -> str:
-    return f"""# {smaller.original.name}, pruned by tinier
+    return f"""# {smaller.original.name}, made smaller by tinier
 
 ```text
 {smaller}
