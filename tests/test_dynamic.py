@@ -15,8 +15,9 @@ import tinier
 from tinier.cli import app
 from tinier.edits.base import Plan
 from tinier.edits.quantize import QuantizeDynamically
-from tinier.errors import InputError
-from tinier.graph.dynamic import round_dynamically
+from tinier.errors import InputError, RefusedError
+from tinier.graph.dynamic import round_dynamically, round_tokens
+from tinier.methods.quantization import Quantization
 from tinier.targets.base import targets_for
 
 
@@ -97,9 +98,80 @@ def test_one_product_has_the_same_integers(tmp_path: Path, name: str) -> None:
     assert np.abs(actual - expected).max() < 1e-3 * np.abs(expected - before).max()
 
 
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (12,)])
+def test_each_row_has_a_scale_of_its_own(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=generator) * torch.logspace(-3, 3, 12)[..., : shape[-1]]
+    found = round_tokens(x)
+    for row, got in zip(x.view(-1, 12), found.view(-1, 12), strict=True):
+        step = float(row.abs().max()) / 127
+        assert float((got - row).abs().max()) <= 0.5001 * step
+        assert torch.allclose(got, (row / step).round() * step, rtol=1e-6, atol=0)
+        assert torch.equal(round_tokens(row), got), "whatever else is in the batch"
+    assert torch.equal(round_tokens(torch.zeros(2, 4)), torch.zeros(2, 4))
+
+
+def test_a_row_of_wild_values_does_not_spoil_the_others() -> None:
+    torch.manual_seed(0)
+    model, x = Layers().eval(), torch.randn(16, 48)
+    x[0] *= 1000
+    with torch.no_grad():
+        wanted = model(x)[1:]
+        errors = [
+            float((tinier.quantize(model, x, activations=how).model(x)[1:] - wanted).norm() / wanted.norm())
+            for how in ("dynamic", "dynamic_per_token")
+        ]  # fmt: skip
+    assert errors[1] < 0.02 < 0.2 < errors[0]
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_products_with_a_scale_for_each_row_on_both_runtimes(tmp_path: Path, rank: int) -> None:
+    torch.manual_seed(0)
+    model, x = Layers().eval(), torch.randn(*(6, 5)[: rank - 1], 48)
+    smaller = tinier.quantize(model, x, activations="dynamic_per_token")
+    edits = [e for e in smaller.plan.edits if isinstance(e, QuantizeDynamically)]
+    assert len(edits) == 3 and all(edit.per_token for edit in edits)
+    assert Plan.from_json(smaller.plan.to_json()) == smaller.plan
+    done = tinier.deliver(smaller, tmp_path / "out", target="cpu", attribution=rank == 2)
+    for name in ("onnxruntime", "openvino"):
+        assert all(row.passed and not row.skipped for row in done.parity[name].rows)
+    assert done.as_dict(smaller)["macs"]["integer"] == done.as_dict(smaller)["macs"]["all"]
+    operators = [n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert operators.count("MatMulInteger") == 3 == operators.count("ReduceMax")
+    assert not {"DequantizeLinear", "MatMul", "Gemm", "DynamicQuantizeLinear"} & {*operators}
+    with torch.no_grad():
+        expected, before = smaller.model(x).numpy(), model(x).numpy()
+    (runtime,) = targets_for("onnxruntime")
+    session = runtime.open(tmp_path / "out" / "model.onnx", 1)
+    actual = session.run({session.inputs[0].name: x.numpy()})[0]
+    assert np.abs(actual - expected).max() < 0.2 * np.abs(expected - before).max()
+
+
+def test_several_readers_share_the_rounded_rows(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 8), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) * self.b(x)
+
+    found = tinier.quantize(Two().eval(), torch.randn(4, 16), activations="dynamic_per_token")
+    tinier.deliver(found, tmp_path / "out")
+    operators = [n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert operators.count("QuantizeLinear") == 1 and operators.count("MatMulInteger") == 2
+
+
+def test_without_a_linear_layer_it_is_refused() -> None:
+    with pytest.raises(RefusedError, match="no linear layer is there to multiply"):
+        tinier.quantize(nn.Conv2d(2, 4, 3).eval(), torch.randn(2, 2, 8, 8), activations="dynamic")
+    with pytest.raises(InputError, match="per_token=True: that is of dynamic ranges"):
+        Quantization(per_token=True)
+
+
 def test_what_cannot_be() -> None:
     model, x = Layers().eval(), torch.randn(4, 48)
-    with pytest.raises(InputError, match='bits, None or "dynamic"'):
+    with pytest.raises(InputError, match='bits, None, "dynamic" or "dynamic_per_token"'):
         tinier.quantize(model, x, activations="static")
     with pytest.raises(InputError, match="group=16: integer operators"):
         tinier.quantize(model, x, activations="dynamic", group=16)
@@ -110,7 +182,14 @@ def test_what_cannot_be() -> None:
 def test_the_command_line_needs_no_data(tmp_path: Path) -> None:
     model, x = Layers().eval(), torch.randn(4, 48)
     tinier.save(tinier.prune(model, x, keep=0.999), tmp_path / "model.pt2")
-    arguments = ["quantize", str(tmp_path / "model.pt2"), "-o", str(tmp_path / "out"), "--dynamic"]
+    arguments = ["quantize", str(tmp_path / "model.pt2"), "-o", str(tmp_path / "out")]
+    alone = CliRunner().invoke(app, [*arguments, "--per-token"])
+    assert alone.exit_code == 2 and "--dynamic" in alone.output
+    arguments.append("--dynamic")
+    rows = CliRunner().invoke(app, [*arguments, "--per-token"])
+    assert rows.exit_code == 0, rows.output
+    operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert operators.count("ReduceMax") == 3
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]

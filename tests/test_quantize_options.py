@@ -1,8 +1,7 @@
-"""Options of tinier.quantize: one scale a tensor, zero points of 0, norms estimated again, HQQ where there is no data."""
+"""Options of tinier.quantize: one scale a tensor, zero points of 0, norms estimated again."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -223,35 +222,6 @@ def test_without_norms_there_is_nothing_to_estimate() -> None:
     assert any("no batch norm was folded" in note for note in found.notes)
     with pytest.raises(InputError, match="needs data"):
         tinier.quantize(model, x[:2], activations=None, corrections=["batch_norm_reestimation"])
-
-
-# HQQ
-
-
-def test_hqq_is_chosen_for_groups_of_few_bits_without_data() -> None:
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
-    x = torch.randn(32, 64)
-
-    def grids(**options: Any) -> tuple[list[Tensor], bool]:
-        found = tinier.quantize(model, x[:2], activations=None, **options)
-        said = any("hqq" in note for note in found.notes)
-        return [e.scale.tensor for e in weights_of(found.plan).values()], said
-
-    asked: dict[str, Any] = {"bits": 4, "group": 16}
-    own, said = grids(**asked)
-    wanted, quiet = grids(**asked, rounding="hqq")
-    assert said and not quiet
-    assert all(torch.equal(a, b) for a, b in zip(own, wanted, strict=True))
-    nearest = grids(**asked, rounding="nearest")
-    assert not nearest[1] and not torch.equal(nearest[0][0], own[0])
-    for options in (
-        {"data": x, **asked},
-        {"bits": 8, "group": 16},
-        {"bits": 4},
-    ):
-        found, said = grids(**options)
-        same, _ = grids(**options, rounding="nearest")
-        assert not said and all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
 
 
 def test_the_command_line_has_these_options(tmp_path: Path) -> None:

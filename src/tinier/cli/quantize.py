@@ -13,6 +13,7 @@ from tinier.report.terminal import Bars
 from tinier.verbs import Smaller, deliver
 from tinier.verbs import quantize as run_quantize
 from tinier.verbs.delivery import Delivered
+from tinier.verbs.quantization import DYNAMIC
 
 MOST_ROWS = 12  # of the layers whose loss is shown
 
@@ -50,6 +51,13 @@ def quantize(
             help="Round inputs of linear layers in the range of each run, without data.",
         ),
     ] = False,
+    per_token: Annotated[
+        bool,
+        typer.Option(
+            "--per-token",
+            help="Dynamic ranges of each row of the last axis, not of the whole tensor.",
+        ),
+    ] = False,
     ranges: Annotated[str, typer.Option(help="Of activations, by name.")] = "mse",
     weight_ranges: Annotated[
         str | None, typer.Option(help="Of weights: minmax, percentile, mse or importance.")
@@ -68,11 +76,8 @@ def quantize(
         ),
     ] = None,
     rounding: Annotated[
-        str | None,
-        typer.Option(
-            help="nearest, error_feedback, hqq, learned or learned_blocks; hqq if not given for groups of few bits without data."
-        ),
-    ] = None,
+        str, typer.Option(help="nearest, error_feedback, hqq, learned or learned_blocks.")
+    ] = "nearest",
     layer: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,7 +142,7 @@ def quantize(
                 model,
                 data=data,
                 bits=bits,
-                activations="dynamic" if dynamic else activations or None,
+                activations=_activations(activations, dynamic, per_token),
                 symmetric_activations=symmetric_activations,
                 ranges=ranges,
                 weight_ranges=weight_ranges,
@@ -227,6 +232,14 @@ def _table(done: Delivered) -> Table:
         causes = [f"{value:.2g}" if value else words.NOTHING for value in row.causes.values()]
         table.add_row(words.clean(row.layer), f"{row.restored / max(total, 1e-300):.0%}", *causes)
     return table
+
+
+def _activations(bits: int, dynamic: bool, per_token: bool) -> int | str | None:
+    if per_token and not dynamic:
+        raise typer.BadParameter("--per-token is of ranges of each run; give --dynamic, too")
+    if dynamic:
+        return DYNAMIC[1] if per_token else DYNAMIC[0]
+    return bits or None
 
 
 def _layers(texts: list[str] | None) -> dict[str, int]:

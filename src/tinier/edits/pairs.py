@@ -7,7 +7,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx
 
-from tinier.graph.dynamic import ROUND
+from tinier.graph.dynamic import ROUND, ROUND_TOKENS
 from tinier.graph.fold import parameter_of, read, write
 from tinier.graph.placement import ROLES, Kind
 from tinier.graph.trace import Traced
@@ -33,12 +33,12 @@ def insert_pair(
         user.replace_input_with(node, value)
 
 
-def insert_rounding(node: fx.Node, readers: Sequence[str]) -> None:
-    """Those readers, or all, read the node's values rounded to the range of each run."""
+def insert_rounding(node: fx.Node, readers: Sequence[str], per_token: bool = False) -> None:
+    """Those readers, or all, read the node's values rounded to the range of each run, or of each row of the last axis."""
     users = [user for user in node.users if not readers or user.name in readers]
     graph = node.graph
     with graph.inserting_after(node):
-        value = graph.call_function(ROUND, (node,))
+        value = graph.call_function(ROUND_TOKENS if per_token else ROUND, (node,))
     value.meta = dict(node.meta)
     for user in users:
         user.replace_input_with(node, value)

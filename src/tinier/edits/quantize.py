@@ -16,7 +16,7 @@ from tinier.edits.pairs import (
     store_weight,
 )
 from tinier.errors import RefusedError
-from tinier.graph.dynamic import round_dynamically
+from tinier.graph.dynamic import round_dynamically, round_tokens
 from tinier.graph.fold import fold, pruned, read
 from tinier.network import Network
 from tinier.tensors.affine import Integers, fake_quantize
@@ -71,11 +71,12 @@ class Quantize(Edit):
 
 @dataclass(frozen=True)
 class QuantizeDynamically(Edit):
-    """Round an activation to 8 bits in the range that it has at each run: ONNX's DynamicQuantizeLinear.
+    """Round an activation to 8 bits in the range that it has at each run: ONNX's DynamicQuantizeLinear, or one scale for each row.
 
     Attributes:
         tensor: a node of the traced graph, batch norms folded.
         readers: nodes that read the rounded values; empty for all.
+        per_token: each row of the last axis has a scale of its own, and no zero point.
     """
 
     kind: ClassVar[str] = "quantize_dynamically"
@@ -84,13 +85,16 @@ class QuantizeDynamically(Edit):
 
     tensor: str
     readers: tuple[str, ...] = ()
+    per_token: bool = False
 
     def rounded(self, value: Tensor) -> Tensor:
         """What the readers read where the activation is ``value``, of the same shape."""
-        found: Tensor = round_dynamically(value)
+        found: Tensor = (round_tokens if self.per_token else round_dynamically)(value)
         return found
 
     def row(self) -> tuple[str, str]:
+        if self.per_token:
+            return self.tensor, "8 bits, −127 … 127, range of each row at each run"
         return self.tensor, "8 bits, 0 … 255, range of each run"
 
     @classmethod
@@ -179,7 +183,7 @@ def quantized(edits: list[Edit], network: Network) -> Network:
         numbers = (edit.scale, edit.zero_point, edit.integers)
         insert_pair(nodes[edit.tensor], *numbers, edit.readers)
     for each in dynamic:
-        insert_rounding(nodes[each.tensor], each.readers)
+        insert_rounding(nodes[each.tensor], each.readers, each.per_token)
     for one, matrix in zip(weights, matrices, strict=True):
         grid = one.grid
         numbers_of = (grid.scale, grid.zero_point, grid.integers)

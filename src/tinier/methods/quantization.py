@@ -43,6 +43,7 @@ class Quantization(Method):
             unused where values are never negative.
         dynamic: with ``activations=None``: inputs of linear layers are rounded to 8 bits in the range of each run, and multiplied as
             integers. Needs no data.
+        per_token: dynamic ranges are those of each row of the last axis, symmetric, not of the whole tensor.
         ranges: of activations: ``"minmax"``, ``"percentile"``, ``"moving_average"``, ``"mse"`` for the least squared error, or
             ``"entropy"`` for the least KL divergence: `tinier.tensors.ranges.RULES`.
         weight_ranges: of weights: ``"minmax"``, ``"percentile"``, ``"mse"``, or ``"importance"``: least squared error of each weight times
@@ -69,6 +70,7 @@ class Quantization(Method):
     activations: int | None = 8
     symmetric_activations: bool = False
     dynamic: bool = False
+    per_token: bool = False
     ranges: str = "mse"
     weight_ranges: str | None = None
     group: int | None = None
@@ -106,6 +108,8 @@ class Quantization(Method):
             raise InputError(
                 "symmetric_activations=True: activations stay float or have the range of each run; give activations=8"
             )
+        if self.per_token and not self.dynamic:
+            raise InputError("per_token=True: that is of dynamic ranges; give dynamic=True")
         if self.dynamic and self.activations is not None:
             raise InputError(
                 f"activations={self.activations}: dynamic ranges are for activations=None"
@@ -165,7 +169,7 @@ class Quantization(Method):
         if self.activations is not None and statistics is not None:
             edits = self._activations(network, placement, statistics, self.activations)
         steps = {edit.tensor: edit.scale for edit in edits}
-        multiplied, dynamic = self._dynamic(module, stores)
+        multiplied, dynamic = self._dynamic(network.name, module, stores)
         weights: list[QuantizeWeight] = []
         notes: list[str] = []
         for store in stores:
@@ -178,7 +182,7 @@ class Quantization(Method):
         return Plan((*edits, *dynamic, *weights)), tuple(notes)
 
     def _dynamic(
-        self, module: fx.GraphModule, stores: list[Store]
+        self, name: str, module: fx.GraphModule, stores: list[Store]
     ) -> tuple[set[str], list[QuantizeDynamically]]:
         """Weights of integer products, and the inputs that are rounded for them."""
         if not self.dynamic:
@@ -194,7 +198,13 @@ class Quantization(Method):
                     assert isinstance(source, fx.Node)
                     names.add(store.name)
                     readers.setdefault(source.name, []).append(node.name)
-        return names, [QuantizeDynamically(n, tuple(found)) for n, found in readers.items()]
+        edits = [QuantizeDynamically(n, tuple(r), self.per_token) for n, r in readers.items()]
+        if not edits:
+            raise RefusedError(
+                f"{name}: no linear layer is there to multiply what is rounded in the range of each run; convolutions would be slower than in "
+                "float that way and recurrent layers have no operator on every runtime: give activations=8 for static ranges, or None"
+            )
+        return names, edits
 
     def _weighable(self, module: fx.GraphModule, statistics: Statistics) -> None:
         layers = any(linear_layer(node) is not None for node in module.graph.nodes)
@@ -231,7 +241,7 @@ class Quantization(Method):
         """How activations are rounded; arguments and errors as of ``plan``."""
         module = fold(network.traced.module)
         if self.activations is None:
-            return [*self._dynamic(module, self._stores(module, Placement()))[1]]
+            return [*self._dynamic(network.name, module, self._stores(module, Placement()))[1]]
         if statistics is None:
             raise InputError("quantization needs data: statistics=collect(network, batches)")
         placement = place(module, lambda name: not self.bits_of(name))

@@ -1,15 +1,40 @@
 """Products of dynamically rounded activations with integer weights: ``DynamicQuantizeLinear → MatMulInteger → Cast → Mul``.
 
-ONNX Runtime makes one operator of the four, ``DynamicQuantizeMatMul``.
+ONNX Runtime makes one operator of the four, ``DynamicQuantizeMatMul``. With a scale for each row, which that has not, it is ``Abs →
+ReduceMax → Div`` for the scales, ``Div → QuantizeLinear → MatMulInteger → Cast`` and two ``Mul``.
 """
+
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from tinier.graph.dynamic import LARGEST, LEAST
 from tinier.targets.onnx_integers import Wiring, drop_dead, outputs_are_rows
 
 PRODUCTS = ("MatMul", "Gemm")
+
+
+def rounded(x: Any) -> Any:
+    """How `round_dynamically` is written."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    return op.DequantizeLinear(*op.DynamicQuantizeLinear(x))
+
+
+def rounded_rows(x: Any) -> Any:
+    """How `round_tokens` is written: unsigned integers around 128."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    greatest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1)
+    least, largest, one = (op.Constant(value_float=float(n)) for n in (LEAST, LARGEST, 1))
+    scale = op.Div(op.Max(greatest, least), largest)
+    middle = op.Constant(value=numpy_helper.from_array(np.array(LARGEST + 1, np.uint8)))
+    q = op.QuantizeLinear(op.Div(x, scale), one, middle)
+    return op.Mul(op.DequantizeLinear(q, one, middle), scale)
 
 
 def multiply_integers(model: onnx.ModelProto) -> None:
@@ -44,15 +69,18 @@ def multiply_integers(model: onnx.ModelProto) -> None:
                     found.add(numpy_helper.from_array(integers, f"{stem}_by_inputs")),
                     found.add(numpy_helper.from_array(scale, f"{stem}_outputs_scale")),
                 ]
-            _multiply(found, node, rounded, *names)
+            make = _multiply_rows if rounded.op_type == "Mul" else _multiply
+            make(found, node, rounded, *names)
             changed = True
     if changed:
         drop_dead(model)
 
 
 def _rounding(found: Wiring, node: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The DynamicQuantizeLinear whose integers a product reads, dequantized."""
+    """The DynamicQuantizeLinear whose integers a product reads, dequantized; or the Mul by the scales of rows behind such a pair."""
     pair = found.maker.get(node.input[0])
+    if pair is not None and pair.op_type == "Mul" and _of_rows(found, pair) is not None:
+        return pair
     if pair is None or pair.op_type != "DequantizeLinear":
         return None
     rounded = found.maker.get(pair.input[0])
@@ -64,15 +92,51 @@ def _multiply(
 ) -> None:
     bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
     values, step, zero_point = rounded.output
-    out, name = node.output[0], node.name
+    out = node.output[0]
     steps = [
         ("MatMulInteger", [values, integers, zero_point], f"{out}_sums"),
         ("Cast", [f"{out}_sums"], f"{out}_sums_float"),
         ("Mul", [step, scale], f"{out}_scale"),
         ("Mul", [f"{out}_sums_float", f"{out}_scale"], f"{out}_product" if bias else out),
     ]
+    _instead(found, node, steps, bias)
+
+
+def _of_rows(found: Wiring, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The DequantizeLinear of integers with scale 1 that a Mul by the scales of rows reads."""
+    pair = found.maker.get(node.input[0])
+    if pair is None or pair.op_type != "DequantizeLinear" or pair.input[1] not in found.constants:
+        return None
+    made = found.maker.get(pair.input[0])
+    one = found.array(pair.input[1])
+    alone = made is not None and made.op_type == "QuantizeLinear"
+    return pair if alone and one.size == 1 and float(one.reshape(())) == 1 else None
+
+
+def _multiply_rows(
+    found: Wiring, node: onnx.NodeProto, scaled: onnx.NodeProto, integers: str, scale: str
+) -> None:
+    """Unsigned integers around 128: ONNX Runtime's kernels for signed ones are slower than float."""
+    bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+    pair = _of_rows(found, scaled)
+    assert pair is not None
+    out = node.output[0]
+    steps = [
+        ("MatMulInteger", [pair.input[0], integers, pair.input[2]], f"{out}_sums"),
+        ("Cast", [f"{out}_sums"], f"{out}_sums_float"),
+        ("Mul", [f"{out}_sums_float", scaled.input[1]], f"{out}_rows"),
+        ("Mul", [f"{out}_rows", scale], f"{out}_product" if bias else out),
+    ]
+    _instead(found, node, steps, bias)
+
+
+def _instead(
+    found: Wiring, node: onnx.NodeProto, steps: list[tuple[str, list[str], str]], bias: str
+) -> None:
+    """Put operators where a product is; and its bias behind them."""
+    out, name = node.output[0], node.name
     if bias:
-        steps.append(("Add", [f"{out}_product", bias], out))
+        steps = [*steps, ("Add", [f"{out}_product", bias], out)]
     nodes = found.graph.node
     place = list(nodes).index(node)
     del nodes[place]

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from tinier.errors import ModelError, RefusedError
 from tinier.graph.states import quiet
 from tinier.network import Network
-from tinier.targets.onnx_dynamic import multiply_integers
+from tinier.targets.onnx_dynamic import multiply_integers, rounded, rounded_rows
 from tinier.targets.onnx_folded import fold_weights
 from tinier.targets.onnx_integers import compact
 from tinier.targets.onnx_scalar import share_scales
@@ -93,7 +93,8 @@ def _translations(program: torch.export.ExportedProgram) -> dict[Any, Callable[.
         "aten::_grouped_mm": _grouped_product,
         "aten::_is_all_true": _all_true,
         "quantized_decomposed::dequantize_per_channel_group": _dequantized_groups,
-        "tinier::round_dynamically": _rounded_dynamically,
+        "tinier::round_dynamically": rounded,
+        "tinier::round_tokens": rounded_rows,
         "quantized_decomposed::quantize_per_tensor": _quantized,
     }
     attention = torch.ops.aten.scaled_dot_product_attention.default
@@ -189,13 +190,6 @@ def _dequantized_groups(
 
     op: Any = opset18
     return op.DequantizeLinear(q, scale, op.CastLike(zero_point, q), axis=1)
-
-
-def _rounded_dynamically(x: Any) -> Any:
-    from onnxscript import opset18
-
-    op: Any = opset18
-    return op.DequantizeLinear(*op.DynamicQuantizeLinear(x))
 
 
 def _all_true(self: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight
 from tinier.errors import InputError
-from tinier.graph.dynamic import ROUND
+from tinier.graph.dynamic import ROUND, ROUND_TOKENS
 from tinier.graph.fold import fold
 from tinier.graph.macs import macs
 from tinier.graph.placement import place
@@ -170,7 +170,7 @@ def _dequantized(source: Any) -> bool:
         source = source.args[0]
     if not isinstance(source, fx.Node):
         return False
-    return source.target is ROUND or operator_name(source).startswith("dequantize")
+    return source.target in (ROUND, ROUND_TOKENS) or operator_name(source).startswith("dequantize")
 
 
 def _float_operators(smaller: Smaller) -> list[tuple[str, str, str]]:

@@ -21,9 +21,9 @@ from tinier.verbs.corrections import NEED_DATA, chosen, corrected, prepared
 from tinier.verbs.mixture import Mixture, restored
 from tinier.verbs.smaller import Smaller, network_of, since
 
+DYNAMIC = ("dynamic", "dynamic_per_token")
 # How rounding is learned → whether in blocks.
 LEARNED = {"learned": False, "learned_blocks": True}
-HQQ = "groups of few bits lose less so than by the nearest; rounding='nearest' leaves it out"
 
 
 def quantize(
@@ -39,7 +39,7 @@ def quantize(
     group: int | None = None,
     per_tensor: bool = False,
     symmetric: bool | None = None,
-    rounding: str | None = None,
+    rounding: str = "nearest",
     layers: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
     corrections: Sequence[str] | None = None,
@@ -60,7 +60,7 @@ def quantize(
             to nearest or by "hqq".
         bits: of weights, 2 to 16; to 8 where activations stay float.
         activations: bits of activations; None stores weights as integers and computes in float; "dynamic" rounds inputs of linear layers to
-            8 bits in the range of each run, which needs no data.
+            8 bits in the range of each run, "dynamic_per_token" in that of each row of their last axis. Both need no data.
         symmetric_activations: zero points of activations are 0, for accelerators that have none.
         ranges: of activations, "minmax", "percentile", "moving_average", "mse" or "entropy".
         weight_ranges: of weights, "minmax", "percentile", "mse" or "importance"; None for what ``ranges`` is.
@@ -68,8 +68,7 @@ def quantize(
         per_tensor: one scale for all channels of a weight, for hardware that has no scale a channel.
         symmetric: whether zero points of weights are 0; None for yes, but no below 8 bits where activations stay float.
         rounding: "nearest", "error_feedback", "hqq", or learned on the data by gradient descent: "learned" layer by layer,
-            "learned_blocks" all weights of a residual block together. None for "hqq" where weights alone have less than 8 bits in groups
-            and there is no data, else for "nearest".
+            "learned_blocks" all weights of a residual block together.
         layers: module or parameter pattern → bits of its weights, 0 for float.
         exclude: patterns of modules or parameters that stay float.
         corrections: any of "cross_layer_equalization", "smooth_quant", "batch_norm_reestimation" and "bias_correction"; () for none. None
@@ -94,26 +93,23 @@ def quantize(
         A run of the network over the data; for corrections about ten over 64 to 128 examples; with error feedback one more and, for each
         layer, 8 · (inputs · kernel)² bytes; with ranges by importance 32 bytes for each column of a layer.
     """
-    if rounding not in (None, *ROUNDINGS, *LEARNED):
+    if rounding not in (*ROUNDINGS, *LEARNED):
         raise InputError(f"rounding={rounding!r}: {', '.join((*ROUNDINGS, *LEARNED))} are known")
-    dynamic = activations == "dynamic"
+    dynamic, per_token = activations in DYNAMIC, activations == DYNAMIC[1]
     if isinstance(activations, str):
         if not dynamic:
-            raise InputError(f'activations={activations!r}: bits, None or "dynamic" are possible')
+            known = " or ".join(f'"{name}"' for name in DYNAMIC)
+            raise InputError(f"activations={activations!r}: bits, None, {known} are possible")
         activations = None
     if symmetric is None:
         symmetric = activations is not None or dynamic or bits >= 8
     said: tuple[str, ...] = ()
-    if rounding is None:
-        alone = activations is None and not dynamic
-        small = alone and group is not None and bits < 8 and data is None
-        rounding = "hqq" if small else "nearest"
-        said = (f"rounded by hqq, as there is no data: {HQQ}",) if small else ()
     method = Quantization(
         bits=bits,
         activations=activations,
         symmetric_activations=symmetric_activations,
         dynamic=dynamic,
+        per_token=per_token,
         ranges=ranges,
         weight_ranges=weight_ranges,
         group=group,
