@@ -91,7 +91,8 @@ def quantize(
     correction: Annotated[
         list[str] | None,
         typer.Option(
-            help="cross_layer_equalization, smooth_quant, batch_norm_reestimation, bias_correction, or none; may be repeated."
+            help="cross_layer_equalization, smooth_quant, outlier_channels, batch_norm_reestimation, bias_correction, or none; "
+            "may be repeated."
         ),
     ] = None,
     restore: Annotated[

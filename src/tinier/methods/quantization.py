@@ -201,8 +201,8 @@ class Quantization(Method):
         edits = [QuantizeDynamically(n, tuple(r), self.per_token) for n, r in readers.items()]
         if not edits:
             raise RefusedError(
-                f"{name}: no linear layer is there to multiply what is rounded in the range of each run; convolutions would be slower than in "
-                "float that way and recurrent layers have no operator on every runtime: give activations=8 for static ranges, or None"
+                f"{name}: no linear layer is there to multiply what is rounded in the range of each run; convolutions would be slower than "
+                "in float, and recurrent layers have no such operator on every runtime: give activations=8 for static ranges, or None"
             )
         return names, edits
 

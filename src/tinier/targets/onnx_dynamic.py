@@ -141,7 +141,7 @@ def _instead(
     place = list(nodes).index(node)
     del nodes[place]
     for offset, (operator, inputs, output) in enumerate(steps):
-        made = helper.make_node(operator, inputs, [output], f"{name}_{offset}")
+        made = helper.make_node(operator, inputs, [output], f"{name}_step_{offset}")
         if operator == "Cast":
             made.attribute.append(helper.make_attribute("to", onnx.TensorProto.FLOAT))
         nodes.insert(place + offset, made)

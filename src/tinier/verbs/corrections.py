@@ -7,10 +7,12 @@ from torch import Tensor
 
 from tinier.edits.assign import Fold
 from tinier.edits.base import Plan
+from tinier.edits.outliers import SplitOutliers
 from tinier.errors import InputError
 from tinier.methods import batch_norm_reestimation as reestimation
 from tinier.methods.bias_correction import BiasCorrection, correct_biases_noted
 from tinier.methods.cross_layer_equalization import CrossLayerEqualization
+from tinier.methods.outlier_channels import OutlierChannels
 from tinier.methods.quantization import Quantization
 from tinier.methods.sampled import spread
 from tinier.methods.smooth_quant import MOST, SmoothQuant
@@ -20,10 +22,11 @@ from tinier.statistics import Statistics
 CORRECTIONS = (
     CrossLayerEqualization.name,
     SmoothQuant.name,
+    OutlierChannels.name,
     reestimation.NAME,
     BiasCorrection.name,
 )
-NEED_DATA = frozenset({SmoothQuant.name, reestimation.NAME, BiasCorrection.name})
+NEED_DATA = frozenset(CORRECTIONS) - {CrossLayerEqualization.name}
 
 
 def chosen(corrections: Sequence[str] | None, method: Quantization) -> tuple[str, ...]:
@@ -48,6 +51,10 @@ def chosen(corrections: Sequence[str] | None, method: Quantization) -> tuple[str
         raise InputError(
             f"corrections: {SmoothQuant.name} is for activations that are quantized; they stay float here"
         )
+    if OutlierChannels.name in names and method.activations is None and not method.dynamic:
+        raise InputError(
+            f"corrections: {OutlierChannels.name} is for activations that are rounded; they stay float here"
+        )
     return tuple(name for name in CORRECTIONS if name in names)
 
 
@@ -58,12 +65,14 @@ class Prepared:
     Attributes:
         network: folded, with new weights.
         plan: what makes it of the original.
+        kept: weights that must stay float.
         normed: weights that batch norms were folded into.
         notes: what there is to say.
     """
 
     network: Network
     plan: Plan
+    kept: tuple[str, ...] = ()
     normed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -109,7 +118,35 @@ def prepared(
         if edits.edits:
             plan += edits
             folded = plan.apply(network)
-    return Prepared(folded, plan, reestimation.normed(network), notes)
+    kept: tuple[str, ...] = ()
+    if OutlierChannels.name in names:
+        split = _split(folded, method, batches)
+        kept = tuple(n for e in split.edits if isinstance(e, SplitOutliers) for n in e.names)
+        if split.edits:
+            plan += split
+            folded = plan.apply(network)
+            what, value = zip(*(edit.row() for edit in split.edits), strict=True)
+            pairs = "; ".join(f"{a}: {b}" for a, b in zip(what, value, strict=True))
+            notes += (f"outliers split off: {pairs}",)
+        else:
+            notes += ("no channel is worth splitting off as an outlier",)
+    return Prepared(folded, plan, kept, reestimation.normed(network), notes)
+
+
+def _split(folded: Network, method: Quantization, batches: Sequence[dict[str, Tensor]]) -> Plan:
+    rule = method.weight_ranges or method.ranges
+    outliers = OutlierChannels(
+        bits=min(method.bits, 16),
+        activations=method.activations,
+        per_token=method.per_token,
+        symmetric_activations=method.symmetric_activations,
+        ranges=method.ranges,
+        weight_ranges=rule if rule in ("minmax", "percentile") else "mse",
+        per_tensor=method.per_tensor,
+        exclude=tuple(n for n, _ in folded.module.named_parameters() if not method.bits_of(n)),
+    )
+    data = Statistics({}, 0, samples=tuple(spread(folded, batches, MOST)))
+    return outliers.plan(folded, data)
 
 
 def corrected(

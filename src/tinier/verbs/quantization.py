@@ -71,8 +71,8 @@ def quantize(
             "learned_blocks" all weights of a residual block together.
         layers: module or parameter pattern → bits of its weights, 0 for float.
         exclude: patterns of modules or parameters that stay float.
-        corrections: any of "cross_layer_equalization", "smooth_quant", "batch_norm_reestimation" and "bias_correction"; () for none. None
-            for the last where activations are quantized, and none for weights alone.
+        corrections: any of "cross_layer_equalization", "smooth_quant", "outlier_channels", "batch_norm_reestimation" and "bias_correction";
+            () for none. None for the last where activations are quantized, and none for weights alone.
         restore: share in (0, 1) of the output's error that may be left: layers stay float, those first that give back most for each weight.
         max_size: bytes, or a text such as "1MB", that the weights may take, packed without gaps: each layer gets bits of its own, so that
             the outputs lose least.
@@ -149,6 +149,7 @@ def quantize(
     batches = [] if data is None else batches_of(calibration(data, network), network)
     before = prepared(network, names, method, batches)
     folded = before.network
+    method = replace(method, exclude=(*method.exclude, *before.kept))
     statistics = None
     if batches:
         statistics = _statistics(folded, method, batches, method.needs | asked.needs)
