@@ -165,6 +165,12 @@ def test_several_readers_share_the_rounded_rows(tmp_path: Path) -> None:
 def test_without_a_linear_layer_it_is_refused() -> None:
     with pytest.raises(RefusedError, match="no linear layer is there to multiply"):
         tinier.quantize(nn.Conv2d(2, 4, 3).eval(), torch.randn(2, 2, 8, 8), activations="dynamic")
+    both = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    found = tinier.quantize(both, torch.randn(2, 2, 8, 8), activations="dynamic")
+    assert any(
+        note.startswith("1 weights are stored as integers and computed in float")
+        for note in found.notes
+    )
     with pytest.raises(InputError, match="per_token=True: that is of dynamic ranges"):
         Quantization(per_token=True)
 

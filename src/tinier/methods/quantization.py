@@ -179,6 +179,12 @@ class Quantization(Method):
             )
             weights.append(edit)
             notes += said
+        floats = [s for s in stores if s.name not in multiplied and s.kind != "embedding"]
+        if self.dynamic and floats:
+            notes.append(
+                f"{len(floats)} weights are stored as integers and computed in float, such as those of convolutions and recurrent layers: "
+                "ranges of each run are for linear layers"
+            )
         return Plan((*edits, *dynamic, *weights)), tuple(notes)
 
     def _dynamic(
@@ -202,7 +208,7 @@ class Quantization(Method):
         if not edits:
             raise RefusedError(
                 f"{name}: no linear layer is there to multiply what is rounded in the range of each run; convolutions would be slower than "
-                "in float, and recurrent layers have no such operator on every runtime: give activations=8 for static ranges, or None"
+                "in float, and what recurrent layers gave would depend on the threads: give activations=8 for static ranges, or None"
             )
         return names, edits
 
