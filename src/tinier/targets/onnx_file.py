@@ -1,7 +1,6 @@
 """The ONNX file that ONNX Runtime and OpenVINO read: standard operators, no metadata, free batch size."""
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,15 @@ from onnx import helper, numpy_helper
 from tinier.errors import ModelError, RefusedError
 from tinier.graph.states import quiet
 from tinier.network import Network
-from tinier.targets.onnx_dynamic import multiply_integers, rounded, rounded_rows
+from tinier.targets.onnx_dynamic import multiply_integers
 from tinier.targets.onnx_folded import fold_weights
 from tinier.targets.onnx_integers import compact
 from tinier.targets.onnx_scalar import share_scales
+from tinier.targets.onnx_translations import translations
 
 OPSET = 18
 PRODUCER = "tinier"
 SMALL = 1e-7
-NEVER = -1e30
 
 
 def write_onnx(network: Network, path: Path) -> None:
@@ -49,6 +48,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     try:
         with quiet(), torch.no_grad():
             _negate(traced.exported)
+            _average(traced.exported)
             program = torch.onnx.export(
                 traced.exported,
                 (),
@@ -58,7 +58,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
                 opset_version=OPSET,
                 dynamo=True,
                 optimize=False,
-                custom_translation_table=_translations(traced.exported),
+                custom_translation_table=translations(traced.exported),
                 verbose=False,
             )
             assert program is not None
@@ -85,29 +85,6 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     return model
 
 
-def _translations(program: torch.export.ExportedProgram) -> dict[Any, Callable[..., Any]]:
-    """How the operators of the network that the exporter does not know are written."""
-    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    known: dict[str, Callable[..., Any]] = {
-        "transformers::grouped_mm_fallback": _grouped_product,
-        "aten::_grouped_mm": _grouped_product,
-        "aten::_is_all_true": _all_true,
-        "quantized_decomposed::dequantize_per_channel_group": _dequantized_groups,
-        "tinier::round_dynamically": rounded,
-        "tinier::round_tokens": rounded_rows,
-        "quantized_decomposed::quantize_per_tensor": _quantized,
-    }
-    attention = torch.ops.aten.scaled_dot_product_attention.default
-    for node in program.graph.find_nodes(op="call_function", target=attention):
-        if node.args[0].meta["val"].ndim != 4:
-            known["aten::scaled_dot_product_attention"] = _attention
-    return {
-        target: known[target._schema.name]
-        for target in targets
-        if isinstance(target, torch._ops.OpOverload) and target._schema.name in known
-    }
-
-
 def _negate(program: torch.export.ExportedProgram) -> None:
     """c − x becomes −x + c, in place: of integers and a fraction, as 1.0 − mask, the exporter makes c − x of a number and a tensor."""
     aten, graph = torch.ops.aten, program.graph
@@ -124,97 +101,18 @@ def _negate(program: torch.export.ExportedProgram) -> None:
         node.target, node.args = aten.add.Tensor, (negative, node.args[1])
 
 
-def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """softmax(s · q kᵀ + mask) v, of any number of dimensions; the exporter knows four."""
-    from onnxscript import opset18
+def _average(program: torch.export.ExportedProgram) -> None:
+    """Pooling adaptively to one value is written as a mean, in place.
 
-    op: Any = opset18
-    if is_causal or enable_gqa:
-        raise NotImplementedError("causal or grouped attention that is not of four dimensions")
-    rank = len(query.shape)
-    order = [*range(rank - 2), rank - 1, rank - 2]
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=float(factor)), query))
-    weights = op.MatMul(scaled, op.Transpose(key, perm=order))
-    if attn_mask is None:
-        return op.MatMul(op.Softmax(weights, axis=-1), value)
-    # A finite number for −∞, and zeros where all is masked, as torch has them: runtimes make NaN of what they fuse.
-    zero, never = (op.CastLike(op.Constant(value_float=n), weights) for n in (0.0, NEVER))
-    mask = (
-        op.Where(attn_mask, zero, never)
-        if attn_mask.dtype == onnx_ir.DataType.BOOL
-        else op.Max(attn_mask, never)
-    )
-    shares = op.Softmax(op.Add(weights, mask), axis=-1)
-    seen = op.Greater(op.ReduceMax(mask, op.Constant(value_ints=[-1]), keepdims=1), never)
-    return op.MatMul(op.Where(seen, shares, zero), value)
-
-
-def _quantized(x: Any, scale: float, zero_point: int, low: int, high: int, dtype: int) -> Any:
-    """Fewer integers than their type has are clamped to: QuantizeLinear goes to the ends of the type."""
-    from onnxscript import opset18
-
-    op: Any = opset18
-    kind = helper.tensor_dtype_to_np_dtype(dtype)
-
-    def constant(value: int) -> Any:
-        return op.Constant(value=numpy_helper.from_array(np.array(value, kind)))
-
-    q = op.QuantizeLinear(x, scale, constant(zero_point))
-    info = np.iinfo(kind)
-    return q if (low, high) == (info.min, info.max) else op.Clip(q, constant(low), constant(high))
-
-
-def _dequantized_groups(
-    q: Any,
-    scale: Any,
-    zero_point: Any,
-    low: int,
-    high: int,
-    dtype: int,
-    group: int,
-    *_: Any,
-    **__: Any,
-) -> Any:
-    """Blocks come with opset 21: ``onnx_integers`` writes their size."""
-    from onnxscript import opset18
-
-    op: Any = opset18
-    return op.DequantizeLinear(q, scale, op.CastLike(zero_point, q), axis=1)
-
-
-def _all_true(self: Any) -> Any:
-    from onnxscript import opset18
-
-    op: Any = opset18
-    least = op.ReduceMin(op.Cast(self, to=onnx.TensorProto.INT64), keepdims=0)
-    return op.Cast(least, to=onnx.TensorProto.BOOL)
-
-
-def _grouped_product(input: Any, weight: Any, offs: Any, *_: Any, **__: Any) -> Any:
-    """y[r] = x[r] wₑ where row r is among those of expert e: each expert's rows are cut out, multiplied and joined."""
-    from onnxscript import opset18
-
-    op: Any = opset18
-    ends, zero, start = op.Cast(offs, to=onnx.TensorProto.INT64), op.Constant(value_ints=[0]), None
-    pieces = []
-    for expert in range(weight.shape[0]):
-        here, behind = op.Constant(value_ints=[expert]), op.Constant(value_ints=[expert + 1])
-        end = op.Slice(ends, here, behind, zero)
-        rows = op.Slice(input, zero if start is None else start, end, zero)
-        matrix = op.Squeeze(op.Slice(weight, here, behind, zero), zero)
-        pieces.append(op.MatMul(rows, matrix))
-        start = end
-    return op.Concat(*pieces, axis=0)
+    Where channels lie last in memory, torch makes it a mean and ``as_strided``, which the exporter writes as a lookup in the flat tensor:
+    OpenVINO finds other values there where the mean is quantized, and it is slow.
+    """
+    aten, graph = torch.ops.aten, program.graph
+    for rank, pool in enumerate((aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d), 1):  # fmt: skip
+        for node in graph.find_nodes(op="call_function", target=pool.default):
+            if list(node.args[1]) == [1] * rank:
+                node.target = aten.mean.dim
+                node.args = (node.args[0], list(range(-rank, 0)), True)
 
 
 def _reason(error: BaseException) -> str:
