@@ -8,7 +8,7 @@ import onnx
 
 from tinier.targets.base import Kernel, Target
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU")
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
 THROUGH = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze")
 FUSED = 6  # operators behind a layer that a runtime may fuse with it and name the result after
 

@@ -16,6 +16,7 @@ from tinier.network import Network
 from tinier.targets.onnx_dynamic import multiply_integers
 from tinier.targets.onnx_folded import fold_weights
 from tinier.targets.onnx_integers import compact
+from tinier.targets.onnx_nibbles import halve
 from tinier.targets.onnx_scalar import share_scales
 from tinier.targets.onnx_translations import translations
 
@@ -77,6 +78,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     compact(model)
     fold_weights(model)
     share_scales(model)
+    halve(model)
     _strip(model)
     try:
         onnx.checker.check_model(model, full_check=True)
