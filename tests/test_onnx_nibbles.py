@@ -67,7 +67,7 @@ def test_what_does_not_fit_or_is_read_otherwise_stays() -> None:
     large[0, 0] = 8
     constants = {"fits": small, "large": large, "few": small[:2, :2], "shared": small}
     tensors = [integer_tensor(value, name, nibble=False) for name, value in constants.items()]
-    scale = onnx.numpy_helper.from_array(np.float32(0.5), "scale")
+    scale = onnx.numpy_helper.from_array(np.array(0.5, np.float32), "scale")
     nodes = [
         onnx.helper.make_node("DequantizeLinear", [name, "scale"], [f"{name}_float"])
         for name in constants
