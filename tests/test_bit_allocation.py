@@ -175,17 +175,17 @@ def test_bits_within_a_size() -> None:
     method = Quantization(activations=None, symmetric=False)
     whole = packed_bytes(Network(model, {"input": x[:2]}), method, (8,))
     assert whole["5.weight"][8] == 8 * 16 + 16 * 5
-    found = tinier.quantize(model, x[:2], x, activations=None, bits=4, max_size=420)
+    found = tinier.quantize(model, x[:2], x, activations=None, max_size=420)
     assert "packed" in found.notes[-1]
     assert sum(isinstance(edit, QuantizeWeight) for edit in found.plan.edits) == 3
     with pytest.raises(RefusedError, match="cheapest choice of bits takes"):
-        tinier.quantize(model, x[:2], x, activations=None, bits=4, max_size=10)
+        tinier.quantize(model, x[:2], x, activations=None, max_size=10)
     # More room is never worse.
     with torch.no_grad():
         errors = [
             float(
                 (
-                    tinier.quantize(model, x[:2], x, activations=None, bits=4, max_size=n).model(x)
+                    tinier.quantize(model, x[:2], x, activations=None, max_size=n).model(x)
                     - model(x)
                 ).norm()
             )

@@ -16,7 +16,8 @@ import tinier
 from tinier.cli.quantize import show
 from tinier.report import words
 from tinier.report.quantization import CAUSES, MOST, quantization_html
-from tinier.verbs.delivery import PAGE, RECORD, integer_macs
+from tinier.verbs.delivery import PAGE, RECORD
+from tinier.verbs.float_parts import integer_macs
 
 IMAGES = torch.randn(24, 2, 8, 8, generator=torch.Generator().manual_seed(1))
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'

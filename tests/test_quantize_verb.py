@@ -104,7 +104,8 @@ def test_groups_layers_and_exclusions() -> None:
     edits = {e.tensor: e for e in found.plan.edits if isinstance(e, QuantizeWeight)}
     assert sorted(edits) == ["5.weight", "7.weight"]
     assert edits["5.weight"].scale.tensor.shape == (16, 1)
-    assert edits["7.weight"].scale.tensor.shape == (5, 2) and edits["7.weight"].high == 255
+    assert edits["7.weight"].scale.tensor.shape == (5, 2) and edits["7.weight"].high == 127
+    assert edits["5.weight"].high == 15, "below 8 bits zero points are free"
     with pytest.raises(InputError, match=r"5\.weight: group size 3 does not divide 8 inputs; use"):
         tinier.quantize(model, IMAGES[:2], activations=None, group=3)
     with pytest.raises(InputError, match="nothing is called 8"):

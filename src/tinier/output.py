@@ -44,6 +44,53 @@ def check_output(out: str | Path, ours: Callable[[Path], bool] | None = None) ->
     return folder
 
 
+def check_files(out: str | Path, ours: Callable[[Path], bool]) -> Path:
+    """The absolute path of a folder that files go into, which is made with its parents if need be.
+
+    Args:
+        out: a folder; what is in it stays.
+        ours: whether tinier made all that is in a folder.
+
+    Raises:
+        OutputError: it is a file, has files of somebody else, or cannot be written.
+    """
+    folder = Path(out).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise OutputError(f"{out}: {there} is a file; name a folder that tinier may make")
+    if there == folder and any(folder.iterdir()) and not ours(folder):
+        raise OutputError(
+            f"{out} exists and was not made by tinier; name another folder, or empty this one"
+        )
+    if not os.access(there, os.W_OK):
+        raise OutputError(f"{out}: no permission to write in {there}")
+    return folder
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A new folder whose files go into ``folder`` when the block ends well, and vanish when it does not.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    made: Path | None = None
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=there))
+        yield made
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(made.iterdir()):
+            file.replace(folder / file.name)
+    except OSError as error:
+        if error.errno in FULL:
+            raise OutputError(NO_SPACE.format(folder)) from error
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """A name beside ``file`` to write to, which takes its place when the block ends well, and vanishes when it does not.

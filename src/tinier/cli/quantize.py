@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tinier.cli.app import Json, Threads, app, guarded, print_json
+from tinier.errors import InputError
 from tinier.report import words
 from tinier.report.terminal import Bars
 from tinier.verbs import Smaller, deliver
 from tinier.verbs import quantize as run_quantize
-from tinier.verbs.delivery import Delivered
+from tinier.verbs.delivery import Delivered, check_delivery
 from tinier.verbs.quantization import DYNAMIC
 
 MOST_ROWS = 12  # of the layers whose loss is shown
@@ -33,7 +34,10 @@ def quantize(
             help="Examples, a few hundred, that ranges are taken from; labels are not used. Needless for weights alone."
         ),
     ] = None,
-    bits: Annotated[int, typer.Option(help="Of weights: 2 to 8, or to 16 with activations.")] = 8,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Of weights: 2 to 8; 8 if not given, or what --max-size chooses."),
+    ] = None,
     activations: Annotated[
         int, typer.Option(help="Bits of activations; 0 leaves them float: weights alone.")
     ] = 8,
@@ -104,7 +108,7 @@ def quantize(
     max_size: Annotated[
         str | None,
         typer.Option(
-            help="Size of the packed weights, such as 1MB: bits are chosen for each layer."
+            help="Size of the file for the target, such as 1MB: bits are chosen for each layer."
         ),
     ] = None,
     max_latency: Annotated[
@@ -135,9 +139,19 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Store weights as integers and round activations as the runtime does; the artifact is run and compared before it is written."""
-    measured = target if fastest or max_latency is not None else None
+    limited = max_latency is not None or max_size is not None
+    measured = target if fastest or limited else None
+    own = _layers(layer)
 
     def work(bars: Bars) -> tuple[Smaller, Delivered]:
+        if fastest and max_size is not None:
+            raise InputError(
+                "--fastest leaves layers float, which --max-size limits; leave one out"
+            )
+        # What the folder or the runtime cannot take is said before the work.
+        weights = {8 if bits is None else bits, *own.values(), *(choice or ())} - {0}
+        rounded = () if dynamic or not activations else (activations,)
+        check_delivery(out, target, weights, rounded, dynamic)
         with bars.task("quantizing", None):
             smaller = run_quantize(
                 model,
@@ -151,7 +165,7 @@ def quantize(
                 per_tensor=per_tensor,
                 symmetric=symmetric,
                 rounding=rounding,
-                layers=_layers(layer),
+                layers=own,
                 exclude=exclude or (),
                 corrections=() if correction == ["none"] else correction,
                 restore=restore,
@@ -190,6 +204,10 @@ def show(smaller: Smaller, done: Delivered, console: Console) -> None:
             f"({words.times(before / max(after, 1))} smaller)",
             style="bold",
         )
+        if artifact["packed_bytes"] is not None:
+            console.print(
+                f"  {words.size(artifact['packed_bytes'])} packed by tinier pack", style="dim"
+            )
         for row in done.parity[name].rows:
             if row.skipped:
                 said = f"not run: {row.reason}"

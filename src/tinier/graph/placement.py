@@ -61,7 +61,9 @@ _SAME = Role(Kind.SAME)
 _OWN = Role(Kind.OWN)
 _NO_KERNEL = Role(Kind.FLOAT, reason="not every runtime has an integer operator for it")
 _SENSITIVE = Role(Kind.FLOAT, reason="8 bits lose too much here")
-_LATER = Role(Kind.FLOAT, reason="not quantized yet")
+_STORED = Role(Kind.FLOAT, reason="its weights are stored as integers and computed with in float")
+_LOOKUP = Role(Kind.FLOAT, reason="rows are looked up as integers and are float from there on")
+_PRODUCT = Role(Kind.FLOAT, reason="both factors are activations, whose product stays float")
 
 # operator → role; what is not here stays float.
 ROLES: dict[object, Role] = {
@@ -110,12 +112,14 @@ ROLES: dict[object, Role] = {
     aten.batch_norm.default: Role(Kind.FLOAT, reason="no convolution or linear layer before it"),
     aten.conv_transpose1d.default: _NO_KERNEL,
     aten.conv_transpose2d.input: _NO_KERNEL,
-    aten.lstm.input: _LATER,
-    aten.gru.input: _LATER,
-    aten.embedding.default: _LATER,
-    aten.matmul.default: _LATER,
-    aten.bmm.default: _LATER,
-    aten.scaled_dot_product_attention.default: _LATER,
+    aten.lstm.input: _STORED,
+    aten.gru.input: _STORED,
+    aten.rnn_tanh.input: _STORED,
+    aten.rnn_relu.input: _STORED,
+    aten.embedding.default: _LOOKUP,
+    aten.matmul.default: _PRODUCT,
+    aten.bmm.default: _PRODUCT,
+    aten.scaled_dot_product_attention.default: _PRODUCT,
     aten.softmax.int: _SENSITIVE,
     aten.layer_norm.default: _SENSITIVE,
     aten.group_norm.default: _SENSITIVE,

@@ -35,13 +35,16 @@ def covers(patterns: Sequence[str], name: str) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(name, p + ".*") for p in patterns)
 
 
-def must_exist(patterns: Sequence[str], network: Network, others: Collection[str]) -> None:
-    """Refuse patterns to exclude that are of nothing.
+def must_exist(
+    patterns: Sequence[str], network: Network, others: Collection[str], argument: str = "exclude"
+) -> None:
+    """Refuse patterns that are of nothing.
 
     Args:
         patterns: of modules, or of ``others``.
         network: whose modules count.
         others: names of groups or parameters.
+        argument: that they were given as, for the error.
 
     Raises:
         InputError: a pattern matches no name.
@@ -52,5 +55,5 @@ def must_exist(patterns: Sequence[str], network: Network, others: Collection[str
             near = get_close_matches(pattern, names, 1)
             meant = f"did you mean {near[0]}? There" if near else "there"
             raise InputError(
-                f"exclude: nothing is called {pattern}; {meant} are {', '.join(list(others)[:20])}"
+                f"{argument}: nothing is called {pattern}; {meant} are {', '.join(list(others)[:20])}"
             )

@@ -1,6 +1,6 @@
 """Quantization after training: integer weights, and activations rounded to ranges that data showed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +21,7 @@ from tinier.statistics import Statistics
 from tinier.tensors.affine import Integers, asymmetric, within
 from tinier.tensors.histogram import Histogram
 from tinier.tensors.ranges import RULES, activation_range
+from tinier.units import is_whole
 
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (float("-inf"), float("inf"))
@@ -50,7 +51,8 @@ class Quantization(Method):
             the mean square of its input; None for what ``ranges`` is, or ``"mse"`` where that is no rule for weights.
         group: inputs of a linear layer or entries of an embedding that share a scale; None for one scale a channel. Weights alone only.
         per_tensor: one scale for all channels of a weight, for hardware that has no scale a channel.
-        symmetric: zero points of weights are 0. Integer operators need that; for weights alone it can be false.
+        symmetric: zero points of weights are 0. Integer operators need that; for weights alone it can be false. None for true, but for
+            weights alone of less than 8 bits.
         rounding: ``"nearest"``; ``"error_feedback"``: what rounding one weight changes, the others of its channel take up, as far as the
             inputs allow; ``"hqq"``: without data, the least error in a norm that forgives outliers.
         layers: pattern of modules or parameters → bits of weights there, 0 for float; the first that fits counts.
@@ -75,7 +77,7 @@ class Quantization(Method):
     weight_ranges: str | None = None
     group: int | None = None
     per_tensor: bool = False
-    symmetric: bool = True
+    symmetric: bool | None = True
     rounding: str = "nearest"
     layers: tuple[tuple[str, int], ...] = ()
     exclude: tuple[str, ...] = ()
@@ -92,14 +94,27 @@ class Quantization(Method):
         if self.rounding not in ROUNDINGS:
             raise InputError(f"rounding={self.rounding!r}: {', '.join(ROUNDINGS)} are known")
         most = 16 if self.activations is not None else 8
-        for what, bits in (("bits", self.bits), *((p, b) for p, b in self.layers if b)):
-            if not isinstance(bits, int) or not 2 <= bits <= most:
-                alone = "" if self.activations is not None else " for weights alone"
-                raise InputError(f"{what}={bits}: 2 to {most} are possible{alone}")
-        if self.activations is not None and not 2 <= self.activations <= 16:
-            raise InputError(f"activations={self.activations}: 2 to 16 bits are possible, or None")
-        if self.group is not None and self.group < 2:
-            raise InputError(f"group={self.group}: 2 or more inputs, or None for whole channels")
+        alone = "" if self.activations is not None else " for weights alone"
+        for what, bits in (("bits", self.bits), *((f"layers: {p}", b) for p, b in self.layers)):
+            if bits == 0 and what != "bits" and is_whole(bits):
+                continue
+            if not is_whole(bits) or not 2 <= bits <= most:
+                zero = ", or 0 for float" if what != "bits" else ""
+                raise InputError(
+                    f"{what}={bits!r}: 2 to {most} are possible{alone}, as a whole number{zero}"
+                )
+        if self.activations is not None and (
+            not is_whole(self.activations) or not 2 <= self.activations <= 16
+        ):
+            raise InputError(
+                f"activations={self.activations!r}: 2 to 16 bits, a whole number, are possible, or None"
+            )
+        if self.group is not None and (not is_whole(self.group) or self.group < 2):
+            raise InputError(
+                f"group={self.group!r}: a whole number of 2 or more inputs, or None for whole channels"
+            )
+        if self.symmetric not in (None, True, False):
+            raise InputError(f"symmetric={self.symmetric!r}: True, False or None is needed")
         if self.per_tensor and self.group is not None:
             raise InputError(
                 f"per_tensor=True: one scale a tensor, and group={self.group} asks for one a group of inputs; leave one out"
@@ -115,7 +130,7 @@ class Quantization(Method):
                 f"activations={self.activations}: dynamic ranges are for activations=None"
             )
         fixed = self.activations is not None or self.dynamic
-        if fixed and (self.group is not None or not self.symmetric):
+        if fixed and (self.group is not None or self.symmetric is False):
             what = f"group={self.group}" if self.group is not None else "symmetric=False"
             raise InputError(
                 f"{what}: integer operators take weights with one scale a channel and no zero point; "
@@ -171,21 +186,22 @@ class Quantization(Method):
         steps = {edit.tensor: edit.scale for edit in edits}
         multiplied, dynamic = self._dynamic(network.name, module, stores)
         weights: list[QuantizeWeight] = []
-        notes: list[str] = []
+        notes: list[tuple[str, str]] = []
         for store in stores:
             fixed = store.name in placement.weights or store.name in multiplied
             edit, said = integers_of(
                 module, store, self.scheme(store.name, fixed), statistics, steps if fixed else {}
             )
             weights.append(edit)
-            notes += said
+            notes += [(store.name, text) for text in said]
+        result = together(notes)
         floats = [s for s in stores if s.name not in multiplied and s.kind != "embedding"]
         if self.dynamic and floats:
-            notes.append(
+            result += (
                 f"{len(floats)} weights are stored as integers and computed in float, such as those of convolutions and recurrent layers: "
-                "ranges of each run are for linear layers"
+                "ranges of each run are for linear layers",
             )
-        return Plan((*edits, *dynamic, *weights)), tuple(notes)
+        return Plan((*edits, *dynamic, *weights)), result
 
     def _dynamic(
         self, name: str, module: fx.GraphModule, stores: list[Store]
@@ -267,14 +283,21 @@ class Quantization(Method):
         order = {str(n.target): i for i, n in enumerate(module.graph.find_nodes(op="get_attr"))}
         return sorted(chosen.values(), key=lambda store: order[store.name])
 
-    def scheme(self, name: str, fixed: bool) -> Scheme:
-        """How a weight becomes integers; ``fixed`` where an integer operator reads them."""
+    def is_symmetric(self, bits: int) -> bool:
+        """Whether zero points of weights of so many bits are 0."""
+        if self.symmetric is None:
+            return self.activations is not None or self.dynamic or bits >= 8
+        return self.symmetric
+
+    def scheme(self, name: str, fixed: bool, bits: int | None = None) -> Scheme:
+        """How a weight becomes integers; ``fixed`` where an integer operator reads them; ``bits`` in place of its own."""
+        bits = min(self.bits_of(name), 16 if fixed else 8) if bits is None else bits
         return Scheme(
-            min(self.bits_of(name), 16 if fixed else 8),
+            bits,
             self.weight_ranges or (self.ranges if self.ranges in WEIGHT_RULES else "mse"),
             None if fixed else self.group,
             self.per_tensor,
-            self.symmetric,
+            self.is_symmetric(bits),
             self.rounding,
             self.saturation_free and fixed,
         )
@@ -346,6 +369,14 @@ def _edit(
 ) -> Quantize:
     scale, zero_point = parameters
     return Quantize(name, scale, zero_point, integers.low, integers.high, readers)
+
+
+def together(notes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """(layer, what there is to say of it), one sentence for all layers of which the same is said."""
+    names: dict[str, list[str]] = {}
+    for name, text in notes:
+        names.setdefault(text, []).append(name)
+    return tuple(f"{', '.join(found)}: {text}" for text, found in names.items())
 
 
 def _fits(scale: float, zero_point: int, integers: Integers, bounds: Bounds) -> bool:

@@ -28,7 +28,7 @@ PASSES, REFITS = (
     3,
     2,
 )  # sweeps over the integers after error feedback, and fits of the scales to them
-_GROUPED = ("linear", "embedding")  # what runtimes dequantize in groups
+GROUPED = ("linear", "embedding")  # what runtimes dequantize in groups
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,16 @@ def integers_of(
     order = _order(store, weight)
     grams = _grams(store, statistics, order)
     importance = None
+    notes: list[str] = []
     if scheme.ranges == "importance":
         squares = _squares(store, statistics, order)
         if grams is not None:
             squares = grams.diagonal(dim1=-2, dim2=-1)  # (g, n)
         importance = _importance(store, squares, len(matrix))
+        if importance is None:
+            notes.append(f"{_unknown(store)}: every weight counts the same for its range")
+    if scheme.rounding == "error_feedback" and grams is None:
+        notes.append(f"{_unknown(store)}: rounded to nearest, without error feedback")
     rule = "mse" if scheme.ranges == "importance" else scheme.ranges
     try:
         groups = _groups(store, scheme, matrix.shape[1], weight.ndim)
@@ -112,7 +117,6 @@ def integers_of(
         )
     except InputError as error:
         raise InputError(f"{store.name}: {error}") from error
-    notes: list[str] = []
     if scheme.rounding == "hqq":
         grid = hqq(matrix, grid)
     # After whatever chooses scales: biases and saturation bound them from below.
@@ -122,14 +126,14 @@ def integers_of(
     if saturates:
         grid, count = _repaired(weight, store.axis, grid)
         if count:
-            notes.append(f"{store.name}: {count} channels scaled down, so that no sum saturates")
+            notes.append(f"{count} channels scaled down, so that no sum saturates")
     chosen = None
     if scheme.rounding == "error_feedback" and grams is not None:
         chosen, grid, said = _fed_back(matrix, grams, grid, 0 if steps else REFITS)
         if saturates:
             first = weight.movedim(store.axis, 0)
             chosen = lowered(chosen.reshape(first.shape)).reshape(chosen.shape)
-        notes += [f"{store.name}: {text}" for text in said]
+        notes += said
     edit = QuantizeWeight(
         store.name,
         Values(grid.scale),
@@ -143,8 +147,15 @@ def integers_of(
     return edit, tuple(notes)
 
 
+def _unknown(store: Store) -> str:
+    """Why nothing is known of what a weight is multiplied with."""
+    if store.kind == "embedding":
+        return "an embedding is looked up, not multiplied"
+    return f"no moments of what this {store.kind} weight is multiplied with"
+
+
 def _groups(store: Store, scheme: Scheme, columns: int, dimensions: int) -> int:
-    if scheme.group is None or store.kind not in _GROUPED or dimensions != 2:
+    if scheme.group is None or store.kind not in GROUPED or dimensions != 2:
         return 1
     return group_count(columns, scheme.group)
 

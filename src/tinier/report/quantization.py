@@ -62,6 +62,8 @@ def _cards(facts: Facts) -> list[str]:
     cards = []
     for name, artifact in facts["artifacts"].items():
         how = f"{words.size(artifact['float_bytes'])} of float tensors before"
+        if artifact.get("packed_bytes"):
+            how += f"; {words.size(artifact['packed_bytes'])} as tinier pack stores it"
         cards.append(_card(words.size(artifact["bytes"]), f"artifact, {name}", how))
     found = facts["attribution"]
     if found is not None:

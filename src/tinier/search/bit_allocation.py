@@ -1,7 +1,6 @@
 """Mixed precision: how many bits each layer gets, so that the outputs lose least within a limit of bytes or milliseconds."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,8 +154,20 @@ def sensitivities(
     }
 
 
-def packed_bytes(network: Network, method: Quantization, choices: Sequence[int]) -> Table:
-    """Weight → bits → bytes of its integers without gaps, its scales (4 bytes each) and zero points; 0 bits as float32."""
+def packed_bytes(
+    network: Network,
+    method: Quantization,
+    choices: Sequence[int],
+    container: Callable[[int], int] = int,
+) -> Table:
+    """Weight → bits → bytes of its integers without gaps, its scales (4 bytes each) and zero points; 0 bits as float32.
+
+    Args:
+        network: the folded float network.
+        method: its quantization.
+        choices: bits.
+        container: bits → those that a file keeps an integer of so many in.
+    """
     module = fold(network.traced.module)
     result = {}
     for store in method.stores(network):
@@ -166,9 +177,11 @@ def packed_bytes(network: Network, method: Quantization, choices: Sequence[int])
         scales = 1 if method.per_tensor else channels
         if method.group and store.kind in ("linear", "embedding"):
             scales = weight.numel() // method.group
-        each = 4.0 if method.symmetric else 5.0
         result[store.name] = {
-            bits: weight.numel() * bits / 8 + scales * each if bits else 4.0 * weight.numel()
+            bits: weight.numel() * container(bits) / 8
+            + scales * (4.0 if method.is_symmetric(bits) else 5.0)
+            if bits
+            else 4.0 * weight.numel()
             for bits in choices
         }
     return result
@@ -184,7 +197,7 @@ def _rounded(
     """A weight as its integers stand for it, and its scales, (m or 1,), where integer operators can have them."""
     weight = read(module, store.name)
     assert weight is not None
-    scheme = replace(method.scheme(store.name, method.activations is not None), bits=bits)
+    scheme = method.scheme(store.name, method.activations is not None, bits)
     edit, _ = integers_of(module, store, scheme, statistics, {})
     value = from_matrix(edit.grid.dequantize(edit.matrix(weight)), weight, store.axis)
     whole = edit.scale.tensor.shape[1] == 1 and not bool(edit.zero_point.tensor.any())

@@ -16,6 +16,7 @@ import tinier.targets
 from tinier.errors import InputError, MissingError, RefusedError
 from tinier.network import Network
 from tinier.registry import implementations
+from tinier.targets.precision import Precision
 
 WARM_UP = 5  # runs before those that a profile counts
 
@@ -106,6 +107,8 @@ class Target(ABC):
     suffix: ClassVar[str]  # of the file to open
     # Instruction set → how many channels its kernels take at once; widths between are filled up with zeros.
     blocks: ClassVar[Mapping[str, int]] = {}
+    # Bits of weights and activations that it takes; none unless a target says so.
+    precision: ClassVar[Precision] = Precision()
 
     @classmethod
     def status(cls) -> Status:
@@ -120,7 +123,8 @@ class Target(ABC):
 
     def refuses(self, network: Network) -> str | None:
         """Why this runtime cannot take the network; None if nothing is known against it."""
-        return None
+        refusal = self.precision.refuses_graph(network.traced.module)
+        return None if refusal is None else f"it has no {refusal}"
 
     @abstractmethod
     def lower(self, network: Network, folder: Path, onnx_file: Path | None = None) -> Artifact:

@@ -13,6 +13,7 @@ import torch
 from tinier.errors import RefusedError
 from tinier.network import Network
 from tinier.targets.base import Artifact, Input, Session, Target, damaged, readable
+from tinier.targets.precision import ANY, Precision
 
 KIND = "a null artifact (model.null.json)"
 
@@ -28,6 +29,7 @@ class NullTarget(Target):
     package: ClassVar[str] = ""
     extra: ClassVar[str] = ""
     suffix: ClassVar[str] = ".null.json"
+    precision: ClassVar[Precision] = ANY
 
     def refuses(self, network: Network) -> str | None:
         return getattr(network.module, "null_refuses", None)

@@ -24,6 +24,7 @@ from tinier.targets.base import (
     onnx_files,
 )
 from tinier.targets.onnx_file import write_onnx
+from tinier.targets.precision import ONNX, Precision
 
 KIND = "an ONNX model (.onnx)"
 KERNEL_TIME = "_kernel_time"  # how the profiler ends the names of what it timed
@@ -42,6 +43,7 @@ class OnnxRuntime(Target):
     package: ClassVar[str] = "onnxruntime"
     extra: ClassVar[str] = "onnxruntime"
     suffix: ClassVar[str] = ".onnx"
+    precision: ClassVar[Precision] = ONNX
     blocks: ClassVar[Mapping[str, int]] = {"avx512f": 16}  # the NCHWc layout of its convolutions
 
     def lower(self, network: Network, folder: Path, onnx_file: Path | None = None) -> Artifact:

@@ -23,6 +23,7 @@ from tinier.targets.base import (
     readable,
 )
 from tinier.targets.onnx_file import write_onnx
+from tinier.targets.precision import ONNX, Precision
 
 KIND = "an OpenVINO model (.xml with its .bin, or .onnx)"
 
@@ -34,6 +35,7 @@ class OpenVino(Target):
     package: ClassVar[str] = "openvino"
     extra: ClassVar[str] = "openvino"
     suffix: ClassVar[str] = ".xml"
+    precision: ClassVar[Precision] = ONNX
     blocks: ClassVar[Mapping[str, int]] = {"avx512f": 16}  # oneDNN's nChw16c layout
 
     def lower(self, network: Network, folder: Path, onnx_file: Path | None = None) -> Artifact:

@@ -25,6 +25,7 @@ from tinier.targets.base import (
     is_quantized,
     readable,
 )
+from tinier.targets.precision import Precision
 
 
 class Torch(Target):
@@ -34,13 +35,13 @@ class Torch(Target):
     package: ClassVar[str] = "torch"
     extra: ClassVar[str] = ""
     suffix: ClassVar[str] = ".pt2"
+    precision: ClassVar[Precision] = Precision(
+        reason="torch runs quantize/dequantize pairs as float arithmetic: slower than the float network, and no smaller in memory"
+    )
 
     def refuses(self, network: Network) -> str | None:
         if is_quantized(network):
-            return (
-                "torch runs quantize/dequantize pairs as float arithmetic: "
-                "slower than the float network, and no smaller in memory"
-            )
+            return self.precision.reason
         return None
 
     def lower(self, network: Network, folder: Path, onnx_file: Path | None = None) -> Artifact:

@@ -1,33 +1,28 @@
 """A quantized network delivered: its artifact for a runtime, run there and compared with the simulation before anything is written."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
-
 from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight
 from tinier.errors import InputError
-from tinier.graph.dynamic import ROUND, ROUND_TOKENS
-from tinier.graph.fold import fold
-from tinier.graph.macs import macs
-from tinier.graph.placement import place
-from tinier.graph.rules import operator_name
 from tinier.measure.attribution import Attribution, attribute
-from tinier.measure.parity import Parity, parity
+from tinier.measure.parity import Parity
 from tinier.methods.sampled import spread
-from tinier.network import Network
 from tinier.output import check_output, whole
 from tinier.report.quantization import quantization_html
 from tinier.targets.base import Artifact, targets_for
+from tinier.units import is_whole
 from tinier.verbs.calibration import batches_of, calibration
 from tinier.verbs.disk import OURS, write_parts
+from tinier.verbs.float_parts import float_operators, integer_macs
+from tinier.verbs.gate import lowered, packed_bytes, takers
 from tinier.verbs.smaller import Smaller
 
 RECORD = "quantization.json"
 PAGE = "report.html"
-BATCHES = (1, 16)  # of the parity gate
 FEW = 32  # examples that the loss is attributed on
 
 
@@ -38,6 +33,7 @@ class Delivered:
     Attributes:
         folder: where.
         artifacts: runtime → its files.
+        packed: runtime → bytes of what its file has as ``tinier.pack`` stores it; None where that was left out for time.
         parity: runtime → artifact against simulation.
         float_bytes: of the original's parameters and buffers, by runtime.
         attribution: the loss by layer and cause, if it was asked for.
@@ -45,6 +41,7 @@ class Delivered:
 
     folder: Path
     artifacts: dict[str, Artifact]
+    packed: dict[str, int | None]
     parity: dict[str, Parity]
     float_bytes: dict[str, int]
     attribution: Attribution | None
@@ -60,6 +57,7 @@ class Delivered:
                 name: {
                     "files": [file.name for file in artifact.files],
                     "bytes": artifact.size,
+                    "packed_bytes": self.packed[name],
                     "float_bytes": self.float_bytes[name],
                     "parity": [asdict(row) for row in self.parity[name].rows],
                 }
@@ -70,7 +68,7 @@ class Delivered:
             "activation_bits": {e.tensor: _activation_bits(e) for e in pairs},
             "dynamic": sum(isinstance(e, QuantizeDynamically) for e in pairs),
             "macs": {"integer": integer, "all": all_macs},
-            "float": [list(row) for row in _float_operators(smaller)],
+            "float": [list(row) for row in float_operators(smaller)],
             "attribution": None if self.attribution is None else self.attribution.as_dict(),
             "notes": list(smaller.notes),
         }
@@ -103,11 +101,9 @@ def deliver(
     """
     if not any(isinstance(edit, Quantize | QuantizeWeight) for edit in smaller.plan.edits):
         raise InputError(f"{smaller.original.name} is not quantized; export writes float networks")
-    runtimes = targets_for(target)
-    for runtime in runtimes:
-        refusal = runtime.refuses(smaller.network)
-        if refusal and target != "cpu":
-            raise InputError(f"{runtime.name} cannot take the network: {refusal}")
+    if not is_whole(threads) or threads < 1:
+        raise InputError(f"threads={threads!r}: a whole number, at least 1, is needed")
+    runtimes = takers(target, smaller.network)
     path = check_output(folder, lambda found: {p.name for p in found.iterdir()} <= OURS)
     batches = [dict(smaller.network.example)]
     if data is not None:
@@ -119,19 +115,16 @@ def deliver(
         found = attribute(smaller.original, smaller.plan, few)
     with whole(path) as made:
         artifacts: dict[str, Artifact] = {}
-        checked, sizes = {}, {}
+        checked, sizes, packed = {}, {}, {}
         for runtime in runtimes:
-            if runtime.refuses(smaller.network):
-                continue
             # One export serves every runtime that reads ONNX.
             written = [f for a in artifacts.values() for f in a.files if f.suffix == ".onnx"]
-            artifact = runtime.lower(smaller.network, made, *written[:1])
-            artifacts[runtime.name] = artifact
-            session = runtime.open(artifact.files[0], threads)
-            compared = parity(smaller.network, session, _examples(smaller.network, batches[0]))
-            checked[runtime.name] = compared.demand(f"the artifact for {runtime.name}")
-            sizes[runtime.name] = _float_bytes(smaller)
-        delivered = Delivered(path, artifacts, checked, sizes, found)
+            name, ready = runtime.name, next(iter(written), None)
+            found_here = lowered(runtime, smaller.network, made, batches[0], threads, ready)
+            artifacts[name], checked[name] = found_here
+            sizes[name] = _float_bytes(smaller)
+            packed[name] = packed_bytes(smaller.network, artifacts[name])
+        delivered = Delivered(path, artifacts, packed, checked, sizes, found)
         write_parts(smaller, made)
         facts = delivered.as_dict(smaller)
         (made / RECORD).write_text(json.dumps(facts, indent=1, default=str) + "\n")
@@ -146,55 +139,39 @@ def deliver(
     )
 
 
+def check_delivery(
+    folder: str | Path,
+    target: str,
+    weights: Collection[int],
+    activations: Collection[int] = (),
+    dynamic: bool = False,
+) -> Path:
+    """The folder as an absolute path, once it is known that it can be written and that a runtime takes the bits.
+
+    Args:
+        folder: of ``deliver``.
+        target: of ``deliver``.
+        weights: bits of the weights that will be integers.
+        activations: bits of activations that will be rounded to fixed ranges.
+        dynamic: whether some will be rounded in the range of each run.
+
+    Raises:
+        OutputError: the folder exists and was not made by tinier, or cannot be written.
+        InputError: an unknown runtime, or one that takes other bits; the message lists them.
+    """
+    path = check_output(folder, lambda found: {p.name for p in found.iterdir()} <= OURS)
+    refusals = {
+        runtime.name: runtime.precision.refuses(weights, activations, dynamic)
+        for runtime in targets_for(target)
+    }
+    if all(refusals.values()) or (target != "cpu" and any(refusals.values())):
+        said = "; ".join(f"{name} cannot take {why}" for name, why in refusals.items() if why)
+        raise InputError(said or "no runtime is installed: pip install 'tinier[onnxruntime]'")
+    return path
+
+
 def _activation_bits(edit: Quantize | QuantizeDynamically) -> int:
     return (edit.high - edit.low).bit_length() if isinstance(edit, Quantize) else 8
-
-
-def integer_macs(smaller: Smaller) -> tuple[int, int]:
-    """Multiply-accumulates at batch 1 of which both factors are integers, as quantize/dequantize pairs say; and all."""
-    counts = macs((smaller.trainable or smaller.network).traced)
-    nodes = {node.name: node for node in smaller.network.traced.module.graph.nodes}
-    integer = sum(
-        count for name, count in counts.items() if name in nodes and _of_integers(nodes[name])
-    )
-    return integer, sum(counts.values())
-
-
-def _of_integers(node: fx.Node) -> bool:
-    first = 1 if operator_name(node) in ("addmm", "baddbmm", "addmv") else 0
-    return all(_dequantized(source) for source in node.args[first : first + 2])
-
-
-def _dequantized(source: Any) -> bool:
-    while isinstance(source, fx.Node) and operator_name(source) in ("t", "transpose", "permute"):
-        source = source.args[0]
-    if not isinstance(source, fx.Node):
-        return False
-    return source.target in (ROUND, ROUND_TOKENS) or operator_name(source).startswith("dequantize")
-
-
-def _float_operators(smaller: Smaller) -> list[tuple[str, str, str]]:
-    """(node, operator, reason) of those that stayed float where activations are quantized."""
-    pairs = any(isinstance(edit, Quantize) for edit in smaller.plan.edits)
-    if not pairs or smaller.trainable is None:
-        return []
-    integers = {e.tensor for e in smaller.plan.edits if isinstance(e, QuantizeWeight)}
-    module = fold(smaller.trainable.traced.module)
-    return place(module, lambda name: name not in integers).skipped
-
-
-def _examples(network: Network, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Batches of 1 and 16 where the batch size is free, of real examples as far as there are some."""
-    have = len(next(iter(batch.values())))
-    if not network.traced.batched:
-        return [batch]
-    return [
-        {
-            name: value.repeat(-(-size // have), *[1] * (value.ndim - 1))[:size]
-            for name, value in batch.items()
-        }
-        for size in BATCHES
-    ]
 
 
 def _float_bytes(smaller: Smaller) -> int:

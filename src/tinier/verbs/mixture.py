@@ -1,7 +1,9 @@
 """Mixed precision for ``quantize``: bits of each layer within a size, float layers within a time."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -17,9 +19,10 @@ from tinier.search.bit_allocation import FLOAT, KINDS, allocate, packed_bytes, s
 from tinier.search.integer_speed import layer_latencies, without_slower
 from tinier.statistics import Statistics
 from tinier.targets.base import Target
-from tinier.units import is_number, is_whole, parse_bytes, parse_milliseconds
+from tinier.units import is_whole, parse_bytes, parse_milliseconds
 
 FEW = 32  # examples that sensitivities are measured on
+TRIES = 4  # files that are written to find one that fits
 ALONE, INTEGER = (2, 3, 4, 6, 8), (4, 8)
 
 
@@ -85,33 +88,71 @@ class Mixture:
         method: Quantization,
         statistics: Statistics | None,
         batches: Sequence[dict[str, Tensor]],
+        target: Target | None = None,
     ) -> tuple[Quantization, tuple[str, ...]]:
-        """The method with bits for each layer within ``max_size``."""
+        """The method with bits for each layer within ``max_size``: of the weights without gaps, or of the file for ``target``.
+
+        Raises:
+            RefusedError: nothing fits, or the float weights do.
+
+        Cost:
+            The sensitivities; with a target two to four exports.
+        """
         assert self.max_size is not None
         few = spread(network, batches, FEW)
         loss = sensitivities(network, method, few, self.choices, statistics, self.sensitivity)
-        cost = packed_bytes(network, method, (*self.choices, *range(2, 17)))
+        container = int if target is None else target.precision.container
+        cost = packed_bytes(network, method, (*self.choices, *range(2, 17)), container)
         patterns = [pattern for pattern, _ in method.layers]
         free = {name: row for name, row in loss.items() if not covers(patterns, name)}
-        others = sum(cost[name][method.bits_of(name)] for name in loss if name not in free)
         module = fold(network.traced.module)
-        others += sum(4 * _count(read(module, n)) for n in stored(module) if n not in loss)
+
+        def written(bits: dict[str, int]) -> float:
+            mixed = replace(method, layers=(*method.layers, *bits.items()))
+            with tempfile.TemporaryDirectory(prefix="tinier-") as folder:
+                made = mixed.decide(network, statistics)[0].apply(network)
+                assert target is not None
+                return target.lower(made, Path(folder)).size
+
+        if target is None:
+            others = sum(cost[name][method.bits_of(name)] for name in loss if name not in free)
+            others += sum(4 * _count(read(module, n)) for n in stored(module) if n not in loss)
+        else:
+            most = max(bits for bits in self.choices if bits)
+            others = written(dict.fromkeys(free, most)) - sum(cost[name][most] for name in free)
         if others > self.max_size:
+            what = "the layers whose bits are given and those that stay float take"
+            if target is not None:
+                what = f"all but the weights that bits are chosen for take, in the file for {target.name},"
             raise RefusedError(
-                f"max_size: {self.max_size:,} bytes were asked for; the layers whose bits are given and those that stay float "
-                f"take {others:,.0f}"
+                f"max_size: {self.max_size:,} bytes were asked for; {what} {others:,.0f}"
             )
-        chosen = allocate(free, {n: cost[n] for n in free}, self.max_size - others)
-        if set(chosen.values()) == {FLOAT} and len(free) == len(loss):
+        for _ in range(TRIES):
+            chosen = allocate(free, {n: cost[n] for n in free}, self.max_size - others)
+            if set(chosen.values()) == {FLOAT} and len(free) == len(loss):
+                raise RefusedError(
+                    f"max_size: the float weights fit {self.max_size:,} bytes; nothing needs to be quantized"
+                )
+            taken = others + sum(cost[name][bits] for name, bits in chosen.items())
+            if target is None:
+                break
+            # What the file has beside integers and scales, as names and operators, depends a little on the bits.
+            expected, taken = taken, written(chosen)
+            if taken <= self.max_size:
+                break
+            others += max(taken - expected, 1)
+        else:
+            assert target is not None
             raise RefusedError(
-                f"max_size: the float weights fit {self.max_size:,} bytes; nothing needs to be quantized"
+                f"max_size: the file for {target.name} takes {taken:,.0f} bytes where {self.max_size:,} were asked for; "
+                "ask for a little more, or less of the network"
             )
-        taken = others + sum(cost[name][bits] for name, bits in chosen.items())
         counts = ", ".join(
             f"{sum(b == bits for b in chosen.values())} layers at {bits or 32} bits"
             for bits in sorted(set(chosen.values()))
         )
-        note = f"weights in {taken:,.0f} bytes, packed: {counts}"
+        where = "bytes, packed" if target is None else f"bytes, the file for {target.name}"
+        note = f"weights in {taken:,.0f} {where}: {counts}"
         return replace(method, layers=(*method.layers, *chosen.items())), (note,)
 
     def fast(
@@ -168,13 +209,11 @@ def restored(
         share: of the loss of the wholly quantized network, in (0, 1).
 
     Raises:
-        InputError: a share out of range.
+        RefusedError: every layer would stay float.
 
     Cost:
         An attribution, and a run for each of about log₂ n choices of n layers.
     """
-    if not is_number(share) or not 0 < share < 1:
-        raise InputError(f"restore={share!r}: a share of the loss in (0, 1) is needed")
     few = spread(network, batches, FEW)
     plan, _ = method.decide(network, statistics)
     found = attribute(network, plan, few)

@@ -15,10 +15,10 @@ from tinier.methods.weight_integers import ROUNDINGS
 from tinier.network import Example, Network
 from tinier.recovery.rounding import learn_rounding
 from tinier.statistics import Statistics, collect, observe
-from tinier.targets.base import targets_for
 from tinier.verbs.calibration import batches_of, calibration
 from tinier.verbs.corrections import NEED_DATA, chosen, corrected, prepared
 from tinier.verbs.mixture import Mixture, restored
+from tinier.verbs.quantization_asked import check_together, container_notes, fitted, runtime_for
 from tinier.verbs.smaller import Smaller, network_of, since
 
 DYNAMIC = ("dynamic", "dynamic_per_token")
@@ -31,7 +31,7 @@ def quantize(
     example: Example | None = None,
     data: Any = None,
     *,
-    bits: int = 8,
+    bits: int | None = None,
     activations: int | str | None = 8,
     symmetric_activations: bool = False,
     ranges: str = "mse",
@@ -58,7 +58,7 @@ def quantize(
         example: example inputs; None where the model brings its own.
         data: a few hundred examples of real inputs, of which at most 512 are used; labels are not. Not needed for weights alone, rounded
             to nearest or by "hqq".
-        bits: of weights, 2 to 16; to 8 where activations stay float.
+        bits: of weights, 2 to 16; to 8 where activations stay float. None for 8, or those that ``max_size`` chooses.
         activations: bits of activations; None stores weights as integers and computes in float; "dynamic" rounds inputs of linear layers to
             8 bits in the range of each run, "dynamic_per_token" in that of each row of their last axis. Both need no data.
         symmetric_activations: zero points of activations are 0, for accelerators that have none.
@@ -66,27 +66,30 @@ def quantize(
         weight_ranges: of weights, "minmax", "percentile", "mse" or "importance"; None for what ``ranges`` is.
         group: inputs that share a scale, for weights alone; None for one scale a channel.
         per_tensor: one scale for all channels of a weight, for hardware that has no scale a channel.
-        symmetric: whether zero points of weights are 0; None for yes, but no below 8 bits where activations stay float.
+        symmetric: whether zero points of weights are 0; None for yes, but no for layers below 8 bits where activations stay float.
         rounding: "nearest", "error_feedback", "hqq", or learned on the data by gradient descent: "learned" layer by layer,
             "learned_blocks" all weights of a residual block together.
         layers: module or parameter pattern → bits of its weights, 0 for float.
-        exclude: patterns of modules or parameters that stay float.
+        exclude: patterns of modules or parameters that stay float. A batch norm, here and in ``layers``, means the layer that it is folded
+            into.
         corrections: any of "cross_layer_equalization", "smooth_quant", "outlier_channels", "batch_norm_reestimation" and "bias_correction";
             () for none. None for the last where activations are quantized, and none for weights alone.
         restore: share in (0, 1) of the output's error that may be left: layers stay float, those first that give back most for each weight.
-        max_size: bytes, or a text such as "1MB", that the weights may take, packed without gaps: each layer gets bits of its own, so that
-            the outputs lose least.
+        max_size: bytes, or a text such as "1MB", that the weights may take, packed without gaps; with ``target`` that its file may take,
+            with all that is in it: each layer gets bits of its own, so that the outputs lose least.
         max_latency: milliseconds, or a text such as "5ms", on ``target`` instead: layers stay float where the time allows it.
         choices: bits that ``max_size`` chooses from, 0 for float; None for 2, 3, 4, 6 and 8, but 4 and 8 where activations are quantized.
         sensitivity: what is lost: "kl", "output" or "fisher".
-        target: the runtime on whose profile layers stay float that are slower in integers on this machine; None for no measuring.
+        target: the runtime on whose profile layers stay float that are slower in integers on this machine, or with ``max_size`` whose file
+            is to fit; None for no measuring.
         threads: of that runtime; all physical cores if None.
 
     Returns:
         The quantized network; ``trainable`` is the float one, ``plan`` has every scale, ``notes`` what stayed float and why.
 
     Raises:
-        InputError: an argument is out of its range, or data is missing.
+        InputError: an argument is out of its range or contradicts another, a pattern or group fits no layer, the target does not take the
+            bits, or data is missing. All of that is known before data is read.
         RefusedError: there is nothing to quantize, or it is quantized already.
 
     Cost:
@@ -96,17 +99,28 @@ def quantize(
     if rounding not in (*ROUNDINGS, *LEARNED):
         raise InputError(f"rounding={rounding!r}: {', '.join((*ROUNDINGS, *LEARNED))} are known")
     dynamic, per_token = activations in DYNAMIC, activations == DYNAMIC[1]
-    if isinstance(activations, str):
-        if not dynamic:
-            known = " or ".join(f'"{name}"' for name in DYNAMIC)
-            raise InputError(f"activations={activations!r}: bits, None, {known} are possible")
-        activations = None
-    if symmetric is None:
-        symmetric = activations is not None or dynamic or bits >= 8
-    said: tuple[str, ...] = ()
+    if isinstance(activations, str) and not dynamic:
+        known = " or ".join(f'"{name}"' for name in DYNAMIC)
+        raise InputError(f"activations={activations!r}: bits, None, {known} are possible")
+    check_together(
+        {
+            "bits": bits,
+            "activations": activations,
+            "rounding": rounding,
+            "layers": layers,
+            "exclude": exclude,
+            "restore": restore,
+            "max_size": max_size,
+            "max_latency": max_latency,
+            "sensitivity": sensitivity,
+            "target": target,
+            "threads": threads,
+        }
+    )
+    rounded = None if isinstance(activations, str) else activations
     method = Quantization(
-        bits=bits,
-        activations=activations,
+        bits=8 if bits is None else bits,
+        activations=rounded,
         symmetric_activations=symmetric_activations,
         dynamic=dynamic,
         per_token=per_token,
@@ -118,34 +132,19 @@ def quantize(
         rounding="nearest" if rounding in LEARNED else rounding,
         layers=tuple((layers or {}).items()),
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
-        saturation_free=(activations is not None or dynamic) and not machine().vnni,
+        saturation_free=(rounded is not None or dynamic) and not machine().vnni,
     )
     names = chosen(corrections, method)
     asked = Mixture.of(max_size, max_latency, choices, sensitivity, method)
-    if target is None and max_latency is not None:
-        raise InputError(
-            "max_latency: the target that it is measured on is needed, such as onnxruntime"
-        )
-    if restore is not None and (max_size is not None or max_latency is not None):
-        raise InputError(
-            "restore leaves layers float, which max_size and max_latency limit; leave one out"
-        )
-    if dynamic and rounding in LEARNED:
-        raise InputError(
-            f"rounding={rounding!r}: the roundings of each run have no gradient; give activations=8 or None"
-        )
-    if threads is not None and target is None:
-        raise InputError("threads are those of the target that is measured; give that, too")
-    if target is not None and activations is None:
-        raise InputError("target: weights alone are computed in float; there is nothing to measure")
-    runtime = targets_for(target)[0] if target else None
+    runtime = runtime_for(target, method, asked.choices if asked.max_size else None)
     statistical = method.needs | method.collects | (set(names) & NEED_DATA)
     needed = statistical or rounding in LEARNED or asked.max_size is not None or restore
-    if data is None and (activations is not None or needed):
+    if data is None and (rounded is not None or needed):
         raise InputError("quantize needs data: a few hundred examples that ranges are taken from")
     network = network_of(model, example, data)
     network.need_values("quantize")
     refuse_quantized(network)
+    method, meant = fitted(network, method)
     batches = [] if data is None else batches_of(calibration(data, network), network)
     before = prepared(network, names, method, batches)
     folded = before.network
@@ -153,12 +152,13 @@ def quantize(
     statistics = None
     if batches:
         statistics = _statistics(folded, method, batches, method.needs | asked.needs)
-    if runtime is not None and statistics is not None:
+    said = meant
+    if runtime is not None and statistics is not None and asked.max_size is None:
         cores = threads or psutil.cpu_count(logical=False) or 1
         method, more = asked.fast(folded, method, statistics, batches, runtime, cores)
         said += more
     if asked.max_size is not None:
-        method, more = asked.small(folded, method, statistics, batches)
+        method, more = asked.small(folded, method, statistics, batches, runtime)
         said += more
     if restore is not None:
         method, kept = restored(folded, method, statistics, batches, restore)
@@ -169,7 +169,7 @@ def quantize(
         learned = learn_rounding(folded, plan, batches, blocks=blocks, saturation_free=safe)
         plan, notes = learned.plan, (*notes, *learned.notes)
     plan, added = corrected(before, plan, names, batches)
-    notes = (*network.notes, *said, *notes)
+    notes = (*network.notes, *said, *notes, *container_notes(folded, plan))
     if corrections is not None:
         notes += (*before.notes, *added)  # who asked for them wants to know where they do nothing
     result = plan.apply(folded)

@@ -1,16 +1,23 @@
 """Recover and export: the steps after pruning and quantization."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tinier.edits.quantize import QuantizeDynamically
 from tinier.errors import InputError
 from tinier.network import Example
+from tinier.output import check_files, whole_files
 from tinier.recovery.loop import recover as train_student
 from tinier.targets.base import Artifact, targets_for
+from tinier.targets.base import is_quantized as quantized
 from tinier.verbs.calibration import ended_early, training
+from tinier.verbs.disk import OURS
+from tinier.verbs.gate import lowered, takers
 from tinier.verbs.quantization_aware import is_quantized, train_quantized
 from tinier.verbs.smaller import Smaller, network_of
+
+EXPORTED = OURS | {"model.null.json", "model.null.bin"}
 
 
 def recover(
@@ -54,20 +61,30 @@ def export(
 ) -> Artifact:
     """Write a network for a runtime.
 
+    A quantized network is run there, at batch 1 and 16, and written if it computes what its simulation does.
+
     Args:
         model: an ``nn.Module``, a path, or what ``prune``, ``quantize`` or ``recover`` gave.
-        folder: an existing folder, or one to make.
+        folder: one to make, an empty one, or one that tinier wrote, whose other files stay.
         example: example inputs; None where the model brings its own.
         target: name of the runtime.
 
     Raises:
+        InputError: the runtime is unknown or cannot take the network.
+        OutputError: the folder has files of somebody else, or cannot be written.
+        ParityError: the artifact computes something else; nothing is written.
         RefusedError: the runtime cannot take the network.
     """
+    runtimes = targets_for(target)
+    if len(runtimes) != 1:
+        names = ", ".join(runtime.name for runtime in runtimes)
+        raise InputError(f"target={target!r}: export writes for one runtime; name one of {names}")
+    path = check_files(folder, lambda found: {p.name for p in found.iterdir()} <= EXPORTED)
     network = network_of(model, example)
-    one = targets_for(target)[0]
-    refusal = one.refuses(network)
-    if refusal:
-        raise InputError(f"{target} cannot take the network: {refusal}")
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    return one.lower(network, path)
+    (runtime,) = takers(target, network)
+    with whole_files(path) as made:
+        if quantized(network):
+            artifact, _ = lowered(runtime, network, made, network.example, threads=1)
+        else:
+            artifact = runtime.lower(network, made)
+    return replace(artifact, files=tuple(path / file.name for file in artifact.files))
