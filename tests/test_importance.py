@@ -105,3 +105,55 @@ def test_statistics_that_say_nothing_or_are_not_finite() -> None:
     moments.squares[0] = float("nan")
     with pytest.raises(DataError, match="NaN or infinity in what it is multiplied with"):
         method.plan(network, found)
+
+
+class Both(nn.Module):
+    """Two recurrent layers, each from both sides, with states of their own before the first step."""
+
+    def __init__(self, kind: str, layers: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn = getattr(nn, kind)(5, 4, layers, batch_first=True, bidirectional=True)
+        self.start = nn.Parameter(torch.randn(2 * layers, 1, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = self.start.expand(-1, x.shape[0], -1).contiguous()
+        state = (start, start) if isinstance(self.rnn, nn.LSTM) else start
+        found: torch.Tensor = self.rnn(x, state)[0]
+        return found
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("LSTM", 1), ("GRU", 1), ("RNN", 2)])
+def test_moments_of_recurrent_layers_are_those_of_their_steps(kind: str, layers: int) -> None:
+    model, x = Both(kind, layers).eval(), torch.randn(6, 7, 5)
+    network = Network(model, {"x": x[:2]})
+    found = collect(network, [{"x": x}], (), {"columns"}).columns
+    squares = {key.partition(":")[2]: m.squares / m.count for key, m in found.items()}
+    read: dict[str, list[torch.Tensor]] = {}
+    values = x
+    for layer in range(layers):  # by cells, a step after the other
+        outputs = []
+        for way, end in enumerate(("", "_reverse")):
+            cell = getattr(nn, f"{kind}Cell")(values.shape[-1], 4)
+            ends = {one: f"rnn.{one}_l{layer}{end}" for one in cell.state_dict()}
+            own = model.state_dict()
+            cell.load_state_dict({one: own[name] for one, name in ends.items()})
+            hidden = model.start[2 * layer + way].expand(6, -1)
+            state = (hidden, hidden) if kind == "LSTM" else hidden
+            steps = range(7) if not way else range(6, -1, -1)
+            seen: dict[int, torch.Tensor] = {}
+            for t in steps:
+                before = state[0] if isinstance(state, tuple) else state
+                read.setdefault(ends["weight_hh"], []).append(before)
+                read.setdefault(ends["weight_ih"], []).append(values[:, t])
+                state = cell(values[:, t], state)
+                seen[t] = state[0] if isinstance(state, tuple) else state
+            outputs.append(torch.stack([seen[t] for t in range(7)], 1))
+        values = torch.cat(outputs, 2).detach()
+    first, last = ("l0", f"l{layers - 1}")
+    wanted = [f"rnn.weight_ih_{first}{end}" for end in ("", "_reverse")]
+    wanted += [f"rnn.weight_hh_{last}{end}" for end in ("", "_reverse")]
+    assert set(squares) == set(wanted)
+    for name in wanted:
+        expected = torch.cat(read[name]).double().square().mean(0).detach()
+        torch.testing.assert_close(squares[name], expected, rtol=1e-5, atol=1e-9)

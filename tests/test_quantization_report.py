@@ -100,7 +100,9 @@ def test_the_figures_are_those_of_the_record(tmp_path: Path) -> None:
         f"{number} {unit}"
         for number, unit in zip(page.of("figure")[:1], page.of("unit")[:1], strict=True)
     )
-    assert f"{words.size(artifact['float_bytes'])} of float tensors before" in page.of("how")
+    before, packed = (words.size(artifact[key]) for key in ("float_bytes", "packed_bytes"))
+    how = f"{before} of float tensors before; {packed} as tinier pack stores it"
+    assert how in page.of("how")
     assert words.plain(record["attribution"]["total"]) in page.of("figure")
     said = [attrs["aria-label"] for tag, attrs in page.tags if "aria-label" in attrs]
     layers = record["attribution"]["layers"]

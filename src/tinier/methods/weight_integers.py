@@ -15,6 +15,7 @@ from tinier.graph.layers import linear_layer
 from tinier.graph.placement import ROLES
 from tinier.graph.stored import Store
 from tinier.statistics import Statistics
+from tinier.statistics.recurrent import column
 from tinier.tensors.affine import Integers
 from tinier.tensors.error_feedback import error_feedback
 from tinier.tensors.grid import Grid, choose, group_count
@@ -190,7 +191,8 @@ def _squares(store: Store, statistics: Statistics | None, order: Tensor) -> Tens
     total: Tensor | None = None
     rows = 0
     for reader in store.readers if statistics is not None else ():
-        moments = statistics.columns.get(reader)  # type: ignore[union-attr]
+        key = column(reader, store.name) if store.kind == "recurrent" else reader
+        moments = statistics.columns.get(key)  # type: ignore[union-attr]
         if moments is None or len(moments.squares) % len(order):
             return None
         total = moments.squares if total is None else total + moments.squares

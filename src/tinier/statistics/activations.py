@@ -1,6 +1,7 @@
 """Histograms of activations, for quantization and for looking at them."""
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ from tinier.network import Network
 from tinier.statistics.base import COLLECTS, Ends, Moments, Statistics
 from tinier.statistics.chunks import CHUNK, Batch, chunks
 from tinier.statistics.places import layer_rows
+from tinier.statistics.recurrent import WHOLE, column, reads
 from tinier.tensors.histogram import Histogram
 
 
@@ -107,12 +109,17 @@ class _Recorder(fx.Interpreter):
         if "columns" in needs:
             layers = {node.name: linear_layer(node) for node in module.graph.nodes}
             self.layers = {name: layer for name, layer in layers.items() if layer is not None}
+        self.recurrent = {
+            node.name for node in module.graph.nodes if "columns" in needs and node.target in WHOLE
+        }
 
     def run_node(self, node: fx.Node) -> object:
         layer = self.layers.get(node.name)
         if layer is not None:
             self._add_columns(layer, self.env[layer.source])
         value = super().run_node(node)
+        if node.name in self.recurrent:
+            self._add_recurrent(node, value)
         if isinstance(value, Tensor) and node.name in self.histograms:
             histogram = self.histograms[node.name]
             histogram.add(value, self.dims.get(node.name))
@@ -125,6 +132,14 @@ class _Recorder(fx.Interpreter):
             for axis, ends in self.channels.get(node.name, {}).items():
                 ends.add(value, axis)
         return value
+
+    def _add_recurrent(self, node: fx.Node, value: Any) -> None:
+        states = node.args[1]
+        state = states[0] if isinstance(states, list | tuple) else states
+        read_by = reads(node, self.env[node.args[0]], self.env[state], value[0])  # type: ignore[index]
+        for weight, rows in read_by:
+            key = column(node.name, weight)
+            self.columns.setdefault(key, Moments.empty(rows.shape[1])).add(rows)
 
     def _add_columns(self, layer: Layer, value: Tensor) -> None:
         weight = read(self.module, layer.weight)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ NEEDS = {
 # What ``collect`` can collect beside the histograms.
 COLLECTS = {
     "channels": "the smallest and the largest value of each channel of the activations",
-    "columns": "moments of what each column of the weights of linear layers and convolutions is multiplied with",
+    "columns": "moments of what each column of the weights of linear, convolutional and recurrent layers is multiplied with",
 }
 
 
@@ -168,7 +168,8 @@ class Statistics:
             (``collect``, for quantization).
         examples: how many examples they are of.
         channels: graph node of ``activations`` → dimension, 1 or −1, where its size is fixed → ends of each channel (``collect``).
-        columns: graph node of a linear layer or convolution → moments of each column of its weight matrix, (g · n,) (``collect``).
+        columns: graph node of a linear layer or convolution → moments of each column of its weight matrix, (g · n,) (``collect``); of a
+            recurrent layer for each weight apart, as `tinier.statistics.recurrent.column` names it.
         needs: what was asked of ``observe``, keys of ``NEEDS``.
         uses: channel group → the places where operators read it.
         moments: read → moments.

@@ -15,6 +15,7 @@ from tinier.graph.stored import RECURRENT, stored
 from tinier.verbs.smaller import Smaller
 
 ALONE = "its weight is integers, its product float"
+UNKNOWN = "{} cannot be stored as integers: it is grouped, shared or not float32"
 ASKED = "it was asked to stay float"
 
 
@@ -64,7 +65,7 @@ def float_operators(smaller: Smaller) -> list[tuple[str, str, str]]:
         left = [name for name in names if name not in integers]
         reason = ""
         if left:
-            reason = ASKED if left[0] in known else f"{left[0]} cannot be stored as integers: it is grouped, shared or not float32"  # fmt: skip
+            reason = ASKED if left[0] in known else UNKNOWN.format(left[0])
         elif names and dynamic and node.name not in rounded and operator_name(node) != "embedding":
             reason = f"ranges of each run are for linear layers; {ALONE}"
         elif not names and operator_name(node) in PRODUCTS:
