@@ -106,7 +106,8 @@ def test_every_activation_channel_and_column_is_that_of_one_run(name: str) -> No
             assert torch.allclose(ends.high, flat.amax(1), atol=1e-5)
     fed = {node.name: multiplied(node, direct) for node in module.graph.nodes}
     expected = {name: rows.double() for name, rows in fed.items() if rows is not None}
-    assert found.columns.keys() == expected.keys()
+    # Those of recurrent layers, of each weight apart, have a test of their own beside the ranges that need them.
+    assert {key for key in found.columns if ":" not in key} == expected.keys()
     for name, x in expected.items():
         columns = found.columns[name]
         assert columns.count == len(x)

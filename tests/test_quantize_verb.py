@@ -14,8 +14,9 @@ import tinier
 from tinier.cli import app
 from tinier.edits.quantize import Quantize, QuantizeWeight
 from tinier.errors import DataError, InputError, ParityError, RefusedError
+from tinier.measure.parity import parity
 from tinier.network import Network
-from tinier.targets.base import Artifact
+from tinier.targets.base import Artifact, targets_for
 from tinier.targets.onnxruntime import OnnxRuntime
 from tinier.verbs.delivery import RECORD
 
@@ -295,3 +296,55 @@ def test_outputs_keep_their_names() -> None:
     result = found.network.module(x)
     assert isinstance(result, dict) and list(result) == ["output", "aux"]
     assert found.network.traced.outputs == ("output", "aux")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_error_feedback_of_convolutions_beats_nearest(groups: int) -> None:
+    """Inputs that belong together, as pixels of pictures do, let the weights of a kernel take up each other's rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 12, 3, groups=groups, bias=False)).eval()
+    smooth = nn.functional.avg_pool2d(torch.randn(48, 4, 16, 16), 5, 1, 2)
+    x, unseen = smooth[:32] * torch.tensor([1.0, 3.0, 0.3, 1.0])[:, None, None], smooth[32:]
+    for bits in (3, 4):
+        lost = {}
+        for rounding in ("nearest", "error_feedback"):
+            found = tinier.quantize(
+                model, x[:2], x, activations=None, bits=bits, rounding=rounding, symmetric=True
+            )
+            lost[rounding] = error(found.model, model, x)
+            assert error(found.model, model, unseen) < 0.3
+        assert lost["error_feedback"] < 0.75 * lost["nearest"]
+
+
+class Words(nn.Module):
+    """Token ids of any length, attention between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body = nn.Embedding(30, 16), nn.Linear(16, 96)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        q, k, v = torch.relu(self.body(self.table(ids))).unsqueeze(1).chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        found: Tensor = self.head(mixed)
+        return found
+
+
+@pytest.mark.parametrize("activations", [8, "dynamic", None])
+def test_sequences_stay_of_any_length(activations: int | str | None, tmp_path: Path) -> None:
+    ids = torch.randint(0, 30, (32, 9), generator=torch.Generator().manual_seed(0))
+    model = Words().eval()
+    found = tinier.quantize(model, ids[:2], ids, activations=activations)
+    sessions = [
+        target.open(tinier.export(found, tmp_path, target=target.name).files[0], 1)
+        for target in targets_for(("onnxruntime", "openvino"))
+    ]
+    for length in (5, 9, 14):
+        batch = torch.randint(0, 30, (3, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            assert error(found.model, model, batch) < 0.1
+        for session in sessions:
+            compared = parity(found.network, session, [{"ids": batch}])
+            assert compared.passed, compared.reason

@@ -19,6 +19,7 @@ from tinier.statistics.losses import Loss, summed_loss
 from tinier.statistics.places import Place, group_uses, layer_rows, reading_places
 from tinier.statistics.sensitivity import Sensitivities
 
+PINNED = 16  # part of the most that a Gram matrix may take, for layers of whose inputs no channel can be cut
 LOSSES = frozenset({"gradients", "gates", "squares"})
 
 
@@ -258,10 +259,13 @@ class _Recorder(fx.Interpreter):
         wanted = {use.node for uses in self.uses.values() for use in uses if use.layer}
         for node, places in self.places.items():
             for place in places:
-                if node.name not in wanted or place.layer is None:
+                if place.layer is None:
                     continue
                 matrix = place.layer.matrix(self.tensors[place.layer.weight].detach())
                 groups, _, columns = matrix.shape
+                # Inputs that no channel leaves, as those of the network, matter to the rounding of weights alone.
+                if node.name not in wanted and groups * columns**2 * 8 > most // PINNED:
+                    continue
                 if groups * columns**2 * 8 > most:
                     size = groups * columns**2 * 8
                     raise InputError(
