@@ -1,6 +1,7 @@
 """What quantization collects of activations, against direct computation, whatever the batches."""
 
 import gc
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,23 @@ def test_statistics_depend_on_neither_batches_nor_order(name: str) -> None:
         assert_same(collect(network, split(data, size), needs=needs), whole, exactly=True)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(0))
     assert_same(collect(network, split(data, 7, order), needs=needs), whole, exactly=False)
+
+
+def test_a_sample_depends_on_no_batches_and_has_the_ends_of_all_values() -> None:
+    network, data = build("residual_cnn"), inputs("residual_cnn", 70, seed=3)
+    whole = collect(network, split(data, 64))
+    found = collect(network, split(data, 64), most=50)
+    for size in (1, 7):
+        assert_same(collect(network, split(data, size), most=50), found, exactly=True)
+    for name, histogram in found.activations.items():
+        other = whole.activations[name]
+        assert (histogram.low, histogram.high) == (other.low, other.high)
+        assert histogram.mean_ends == pytest.approx(other.mean_ends)
+        size = other.count // 70
+        # Every n-th value, where n has no factor in common with their number; each counts n times.
+        every = next(n for n in range(-(-size // 50), 1000) if math.gcd(n, size) == 1)
+        assert abs(histogram.count - other.count) < every
+        assert not bool((histogram.counts % every).any())
 
 
 @pytest.mark.parametrize("name", NAMES)

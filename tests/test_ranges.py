@@ -54,6 +54,68 @@ def test_counts_are_those_of_the_bins() -> None:
     assert int((histogram.counts > 0).sum()) > 200
 
 
+@pytest.mark.parametrize("most", [1, 7, 90, 10_000])
+def test_sampling_keeps_the_ends_and_does_not_depend_on_batches(most: int) -> None:
+    x = values(12, 6, 5, 7).relu()  # 210 values each: n must be no multiple of 2, 3, 5 or 7
+    x[3, 1, 2, 4], x[8, 5, 0, 1] = -50, 60
+    whole = histogram_of(x)
+
+    def sampled(sizes: list[int]) -> Histogram:
+        result = Histogram()
+        for part in x.split(sizes):
+            result.add(part, 0, most)
+        return result
+
+    found = sampled([12])
+    for sizes in ([1] * 12, [5, 7], [4, 4, 4]):
+        assert_equal(sampled(sizes), found)
+    assert (found.low, found.high, found.parts) == (-50, 60, 12)
+    ends = x.flatten(1)
+    assert found.mean_ends == pytest.approx(
+        (float(ends.amin(1).mean()), float(ends.amax(1).mean()))
+    )
+    every = next(n for n in range(-(-210 // most), 1000) if math.gcd(n, 210) == 1)
+    assert abs(found.count - whole.count) < every
+    looked = Histogram()
+    looked.add(x.flatten()[::every])
+    looked._widen(found.exponent)
+    assert torch.equal(found.counts, looked.counts * every)
+    assert found.zeros == looked.zeros * every
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ranges_of_a_sample_cost_no_more_on_all_values(rule: str) -> None:
+    x = values(64, 40_000) * (values(1, 40_000, seed=1) / 2).exp()
+    whole, sampled, integers = Histogram(), Histogram(), Integers.unsigned(8)
+    whole.add(x, 0)
+    sampled.add(x, 0, 20_000)
+    wanted, found = (activation_range(h, integers, rule) for h in (whole, sampled))
+    if rule in ("minmax", "moving_average"):
+        assert found == wanted
+    elif rule == "percentile":
+        outside = float(((x < found[0]) | (x > found[1])).double().mean())
+        assert outside == pytest.approx(
+            1e-4, rel=0.3
+        )  # 128 values of the sample, give or take three deviations
+    else:
+        cost = {"mse": squared_error, "entropy": divergence}[rule](whole, integers)
+        low, high = (
+            torch.tensor(ends, dtype=torch.float64) for ends in zip(wanted, found, strict=True)
+        )
+        best, ours = cost(low, high).tolist()
+        assert ours <= 1.05 * best
+        assert found != wanted
+
+
+def test_a_sample_of_a_large_part_weighs_as_much_as_the_part() -> None:
+    large, small = Histogram(), Histogram()
+    large.add(values(4, 30_000), 0, 1000)
+    small.add(values(4, 300, seed=1) + 100, 0, 1000)
+    both = large.merged(small)
+    assert both.quantile(0.5) < 10
+    assert both.count == pytest.approx(4 * 30_300, rel=1e-3)
+
+
 def test_merging_equals_adding() -> None:
     x, y = values(300), values(200, seed=1) * 17
     assert_equal(histogram_of(x).merged(histogram_of(y)), histogram_of(x, y))

@@ -12,7 +12,7 @@ from tinier.graph.layers import Layer, linear_layer
 from tinier.graph.placement import place
 from tinier.network import Network
 from tinier.statistics.base import COLLECTS, Ends, Moments, Statistics
-from tinier.statistics.chunks import CHUNK, Batch, chunks
+from tinier.statistics.chunks import CHUNK, Batch, chunk_size, chunks
 from tinier.statistics.places import layer_rows
 from tinier.statistics.recurrent import WHOLE, column, reads
 from tinier.tensors.histogram import Histogram
@@ -23,6 +23,8 @@ def collect(
     batches: Iterable[Batch],
     nodes: Sequence[str] | None = None,
     needs: Collection[str] = (),
+    *,
+    most: int | None = None,
 ) -> Statistics:
     """Run a network over data and keep what quantization needs of every activation that it may ask for.
 
@@ -33,17 +35,19 @@ def collect(
             static quantization asks for.
         needs: keys of ``COLLECTS``, collected in the same run: "channels", the ends of each channel; "columns", the moments of what each
             column of a layer's weights is multiplied with.
+        most: about how many values of each example and activation are looked at, as ``Histogram.add`` says; None for all. The smallest and
+            the largest are those of all, always.
 
     Returns:
-        Statistics of examples that ran in chunks of 32, so that they do not depend on how they were batched, nor but for rounding and what
-        ``Histogram.mean_ends`` says on their order. With ``nodes``, what is not finite has a histogram that says so.
+        Statistics of examples that ran in chunks of one size, so that they do not depend on how they were batched, nor but for rounding,
+        ``most`` and what ``Histogram.mean_ends`` says on their order. With ``nodes``, what is not finite has a histogram that says so.
 
     Raises:
         DataError: no examples; an input is missing; NaN or infinity in an input or inside the network, with the operator.
         InputError: an unknown need, or a node that is no floating-point activation.
 
     Cost:
-        One run of the network; memory is flat in the number of examples: that of a run of 32, 32 kB for each activation and, with
+        One run of the network; memory is flat in the number of examples: that of a run of at most 32, 32 kB for each activation and, with
         "columns", 32 bytes for each column.
     """
     if unknown := set(needs) - COLLECTS.keys():
@@ -57,9 +61,9 @@ def collect(
         raise InputError(
             f"nodes: {missing[0]} is no floating-point activation of {network.name}; floating_activations(network) lists them"
         )
-    recorder = _Recorder(module, watched, frozenset(needs), nodes is None)
+    recorder = _Recorder(module, watched, frozenset(needs), nodes is None, most)
     examples = 0
-    for inputs, _ in chunks(network, batches, CHUNK):
+    for inputs, _ in chunks(network, batches, chunk_size(network, CHUNK)):
         ordered = [inputs[name] for name in network.traced.inputs]
         with torch.no_grad():
             recorder.run(*ordered)
@@ -94,10 +98,15 @@ class _Recorder(fx.Interpreter):
     """Runs a graph and adds the values of chosen nodes to their histograms."""
 
     def __init__(
-        self, module: fx.GraphModule, watched: Sequence[str], needs: frozenset[str], strict: bool
+        self,
+        module: fx.GraphModule,
+        watched: Sequence[str],
+        needs: frozenset[str],
+        strict: bool,
+        most: int | None,
     ) -> None:
         super().__init__(module)
-        self.strict = strict
+        self.strict, self.most = strict, most
         self.histograms = {name: Histogram() for name in watched}
         self.dims = _batch_dims(module)
         self.channels: dict[str, dict[int, Ends]] = {}
@@ -122,7 +131,7 @@ class _Recorder(fx.Interpreter):
             self._add_recurrent(node, value)
         if isinstance(value, Tensor) and node.name in self.histograms:
             histogram = self.histograms[node.name]
-            histogram.add(value, self.dims.get(node.name))
+            histogram.add(value, self.dims.get(node.name), self.most)
             if value.numel() and self.strict and not histogram.finite:
                 what = "input" if node.op == "placeholder" else f"output of {node.target}"
                 raise DataError(

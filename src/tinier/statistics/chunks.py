@@ -1,14 +1,19 @@
 """Examples in chunks of one size, however the user batched them, so that no result depends on it."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
 from tinier.errors import DataError
+from tinier.graph.rules.base import hint
 from tinier.network import Network
 
-CHUNK = 32  # examples that are run at once, however the data are batched
+CHUNK = 32  # examples that are run at once at most, however the data are batched
+# What the largest value inside a network takes of these. Memory of larger blocks comes from the system and goes back at each use, which
+# takes more time than most operators.
+BYTES = 2**25
 
 Batch = Mapping[str, Tensor] | tuple[Mapping[str, Tensor], Tensor | None]
 
@@ -53,6 +58,25 @@ def chunks(
         waiting_labels = None if labels is None else labels[rest:]
     if waiting:
         yield waiting, waiting_labels
+
+
+def chunk_size(network: Network, most: int) -> int:
+    """How many examples are run at once: a power of two, so that batches of one are cut without copies.
+
+    Args:
+        network: whose values should take no more than ``BYTES`` each.
+        most: 1 or more.
+    """
+    fit = max(min(BYTES // largest_value(network), most), 1)
+    return most if fit == most else 1 << (fit.bit_length() - 1)
+
+
+def largest_value(network: Network) -> int:
+    """Bytes of the largest value inside a network for one example, at the sizes of those that it was traced with."""
+    nodes = [node for node in network.traced.module.graph.nodes if node.op != "get_attr"]
+    values = [node.meta.get("val") for node in nodes]
+    sizes = [prod(hint(n) for n in v.shape) * 4 for v in values if isinstance(v, Tensor)]
+    return max(max(sizes, default=1) // len(next(iter(network.example.values()))), 1)
 
 
 def _alike(
