@@ -1,5 +1,7 @@
 """Corrections around quantization: the float function stays, ranges become equal, errors fall on examples that nothing was fitted to."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from tinier.edits.quantize import QuantizeWeight
 from tinier.errors import InputError
 from tinier.graph.fold import fold, read
 from tinier.graph.rescale import sites
-from tinier.graph.walk import outputs_of
+from tinier.graph.walk import Walk, outputs_of
 from tinier.methods.bias_correction import BiasCorrection, correct_biases
 from tinier.methods.cross_layer_equalization import CrossLayerEqualization
 from tinier.methods.norm_statistics import reestimate_norms
@@ -411,6 +413,40 @@ def test_corrected_networks_are_nearer_on_unseen_examples() -> None:
     )
     assert behind.edits[: len(equal.edits)] == equal.edits
     assert error(net, behind.apply(net), unseen) < error(net, plan.apply(net), unseen)
+
+
+def test_layers_behind_large_values_see_more_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(128, 4))
+    net, batches = folded(network(nn.Sequential(*parts), 3, 18, 18)), data(3, 18, 18, count=6)
+    batches = [{next(iter(net.example)): batch["x"]} for batch in batches]
+    plan = Quantization(bits=3, activations=None).plan(net)
+    grown = []
+    add = Walk.add
+
+    def noted(walk: Walk, more: Sequence[Sequence[Tensor]]) -> None:
+        grown.append(sum(len(batch[0]) for batch in more))
+        add(walk, more)
+
+    monkeypatch.setattr(Walk, "add", noted)
+    whole = correct_biases(net, plan, batches)
+    assert not grown
+    # Of 8 · 16 · 16 values an example, 24 have room in both graphs, of 128 values all.
+    monkeypatch.setattr("tinier.methods.bias_correction.MEMORY", 2 * 24 * 8 * 16 * 16 * 4)
+    result = correct_biases(net, plan, batches)
+    assert grown and sum(grown) == 2 * (96 - 16)  # batches of 16, in two graphs
+    x = torch.cat([next(iter(batch.values())) for batch in batches])
+    inputs_of = {next(iter(net.example)): x}
+    wanted = net(inputs_of)[0].mean(0)
+    left = (result.apply(net)(inputs_of)[0].mean(0) - wanted).abs()
+    was = (plan.apply(net)(inputs_of)[0].mean(0) - wanted).abs()
+    last = {e.tensor: e.values.tensor for e in result.edits if isinstance(e, Assign)}["4.bias"]
+    old = read(fold(net.traced.module), "4.bias")
+    assert old is not None
+    moved = last.ne(old)
+    # The last layer's bias makes the mean of all 96 right, whatever the first one's is.
+    assert bool(moved.any())
+    assert bool((left[moved] < 1e-5).all()) and bool((was[moved] > 1e-3).all())
+    assert error(net, result.apply(net), batches) < 1.1 * error(net, whole.apply(net), batches)
 
 
 def test_nothing_is_corrected_that_is_not_wrong_or_cannot_be_checked() -> None:

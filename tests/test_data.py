@@ -34,6 +34,19 @@ def whole(examples: Examples) -> tuple[dict[str, Tensor], Tensor | None]:
 # --- the set
 
 
+def test_rows_that_follow_each_other_are_not_copied() -> None:
+    x = torch.arange(30).view(10, 3)
+    store = Arrays({"x": x}, torch.arange(10))
+    whole = torch.arange(30).view(10, 3)
+    for rows in ([2, 3, 4], range(5, 10), [7], [], [3, 1], [1, 3], [4, 4]):
+        inputs, labels = store.fetch(rows)
+        assert torch.equal(inputs["x"], whole[list(rows)])
+        assert labels is not None and labels.tolist() == list(rows)
+    start = x.untyped_storage().data_ptr()
+    assert store.fetch([2, 3])[0]["x"].untyped_storage().data_ptr() == start
+    assert store.fetch([3, 2])[0]["x"].untyped_storage().data_ptr() != start
+
+
 def test_batches_cover_every_example_once() -> None:
     x = torch.arange(10.0)[:, None]
     examples = Examples(Arrays({"x": x}, torch.arange(10)))

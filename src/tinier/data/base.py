@@ -77,7 +77,12 @@ class Arrays(Store):
         self.size = next(count for count in counts.values() if count is not None)
 
     def fetch(self, rows: Sequence[int]) -> Batch:
-        index = torch.as_tensor(rows, dtype=torch.long)
+        first, last = (rows[0], rows[-1] + 1) if len(rows) else (0, 0)
+        # Rows that follow each other are handed out as they are, without a copy.
+        together = list(rows) == list(range(first, last))
+        index: slice | Tensor = (
+            slice(first, last) if together else torch.as_tensor(rows, dtype=torch.long)
+        )
         labels = None if self._labels is None else self._labels[index]
         return {name: value[index] for name, value in self.inputs.items()}, labels
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tinier.graph.round_trip import call
 from tinier.graph.rules.base import hint
 
 
@@ -26,6 +27,12 @@ class Rerun(fx.Interpreter):
         with torch.no_grad():
             self.outputs = leaves(self.run(*(value.clone() for value in inputs)))
         self.values = dict(self.env)
+
+    def run_node(self, node: fx.Node) -> Any:
+        """What a node gives."""
+        if node.op != "call_function":
+            return super().run_node(node)
+        return call(node, *self.fetch_args_kwargs_from_env(node))
 
     def with_arguments(self, reader: fx.Node, changed: Mapping[fx.Node, Any]) -> tuple[Tensor, ...]:
         """The outputs when ``reader`` reads other values of some of its inputs, and all else reads what it reads.

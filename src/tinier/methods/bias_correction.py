@@ -1,8 +1,7 @@
 """Bias correction: what quantization moves the mean of each channel by is taken off its bias."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import floor, prod
 from typing import ClassVar
 
 import torch
@@ -15,17 +14,22 @@ from tinier.graph.fold import fold, parameter_of, read
 from tinier.graph.layers import Layer, linear_layer
 from tinier.graph.placement import clamp_bounds
 from tinier.graph.rules import operator_name
-from tinier.graph.walk import Walk, outputs_of
+from tinier.graph.walk import Walk, alive, outputs_of
 from tinier.methods.base import Method
+from tinier.methods.bias_shift import UNBOUNDED, Shift
 from tinier.methods.norm_statistics import moments
 from tinier.methods.sampled import examples, relative_error, samples_of
 from tinier.network import Network
 from tinier.statistics import Statistics
-from tinier.statistics.chunks import Batch
+from tinier.statistics.chunks import Batch, largest_value
 
 MOST = 128  # examples
-POSITIONS = 256  # of each example, that errors are looked at
-STEPS = 4  # of Newton's method, each a pass over a layer's results
+LARGE = (
+    2**20
+)  # bytes of a network's largest value, above which half as many examples show as much: each has thousands of positions
+MEMORY = 2**27  # bytes of the values of all examples, in both graphs together
+FEWEST = 8  # examples, where they take more
+CHECKED = 32  # examples whose outputs are compared at the end
 _LARGEST = 2**30  # a bias in units of input scale · weight scale, of 32 bits
 _CORRECTED = "error of the quantized layer made least"
 
@@ -69,7 +73,8 @@ class BiasCorrection(Method):
         Cost:
             As of ``correct_biases``.
         """
-        data = samples_of(network, statistics, self.most, "bias correction")
+        most = enough(network, self.most)
+        data = samples_of(network, statistics, most, "bias correction", None)
         return _corrected(network, self.quantized, data, self.norms)[0]
 
 
@@ -89,7 +94,7 @@ def correct_biases(
         batches: inputs, or pairs of inputs and labels, which are not used.
         norms: whether batch norms that could not be folded get statistics of their quantized input:
             σ'² = σ² · Var x̂ / Var x, μ' = E x̂ − (E x − μ) · σ' / σ.
-        most: examples that are used.
+        most: examples that are used; half of them where the network's largest value takes more than 1 MB for each.
 
     Returns:
         The plan with `Assign` edits before its quantization; the same plan where nothing got better.
@@ -98,10 +103,11 @@ def correct_biases(
         DataError: there are no examples.
 
     Cost:
-        Two runs of the quantized network, one of the float one, and passes over a sample of each layer's results; the values that are alive
-        inside both for all examples together.
+        One run of both networks, another of the quantized one on 32 examples, and passes over a sample of each layer's results.
+        Memory of 128 MB of values beside copies of the weights: layers with large results see fewer examples (and of each hundreds of
+        positions) than those behind them, which further examples reach through the layers corrected so far.
     """
-    return _corrected(folded, plan, examples(folded, batches, most), norms)[0]
+    return _corrected(folded, plan, examples(folded, batches, enough(folded, most), None), norms)[0]
 
 
 def correct_biases_noted(
@@ -117,7 +123,13 @@ def correct_biases_noted(
     ``aim`` is what has the results y; None for the float network with the plan's `Assign` edits, which then leave its function as
     it is.
     """
-    return _corrected(folded, plan, examples(folded, batches, most), True, aim)
+    few = examples(folded, batches, enough(folded, most), None)
+    return _corrected(folded, plan, few, True, aim)
+
+
+def enough(network: Network, most: int = MOST) -> int:
+    """How many examples a network's biases are corrected with: ``most``, or half of them where its values are large."""
+    return most if largest_value(network) <= LARGE else max(most // 2, 2)
 
 
 def _corrected(
@@ -133,12 +145,21 @@ def _corrected(
     rest = Plan(tuple(edit for edit in plan.edits if not isinstance(edit, Assign)))
     base = before.apply(folded) if before.edits else folded
     wanted, own = (fold(one.traced.module) for one in (aim or base, base))
-    correction = _Correction(wanted, own, _module(rest, base), rest, data, norms)
+    quantized = _module(rest, base)
+    most = alive(wanted, len(next(iter(base.example.values()))))
+    room = {name: max(MEMORY // (2 * size), FEWEST) for name, size in most.items()}
+    correction = _Correction(wanted, own, quantized, rest, data, room, norms)
     correction.run()
     if not correction.edits:
         return plan, correction.notes
-    was = relative_error(correction.float.outputs, outputs_of(_module(rest, base), data))
-    now = relative_error(correction.float.outputs, correction.quantized.outputs)
+    few = correction.ran[: max(CHECKED // len(data[0][0]), 1)]
+    if correction.renewed:
+        quantized = _module(rest, base)
+    expected, found = (
+        walk.outputs[: len(few)] for walk in (correction.float, correction.quantized)
+    )
+    was = relative_error(expected, outputs_of(quantized, few))
+    now = relative_error(expected, found)
     if not now < was:
         note = f"bias correction left out: the error of the outputs would be {now:.3g}, it is {was:.3g}"
         return plan, (note,)
@@ -161,10 +182,17 @@ class _Correction:
         quantized: fx.GraphModule,
         plan: Plan,
         data: Sequence[Sequence[Tensor]],
+        room: Mapping[str, int],
         norms: bool,
     ) -> None:
-        self.module, self.norms = module, norms
-        self.float, self.quantized = Walk(aim, data), Walk(quantized, data)
+        self.module, self.room, self.norms = module, room, norms
+        few = max(next(iter(room.values())) // len(data[0][0]), 1)  # batches
+        # The first ones are from everywhere: data may be sorted.
+        every = -(-len(data) // few)
+        self.waiting = [batch for start in range(every) for batch in data[start::every]]
+        self.ran, self.waiting = self.waiting[:few], self.waiting[few:]
+        self.counts = [len(batch[0]) for batch in self.ran]
+        self.float, self.quantized = Walk(aim, self.ran), Walk(quantized, self.ran)
         self.twins = {node.name: node for node in self.float.nodes if node.op == "call_function"}
         self.readers = _reader_count(module)
         self.scales = {
@@ -174,7 +202,7 @@ class _Correction:
         }
         self.edits: list[Assign] = []
         self.left: list[str] = []
-        self.first = [torch.arange(len(batch[0])) % 2 == 0 for batch in data]
+        self.renewed = False  # whether the quantized graph has other statistics
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -193,13 +221,36 @@ class _Correction:
             layer = None if twin is None else linear_layer(twin)
             if twin is not None and self.norms and operator_name(twin) == "batch_norm":
                 self._norm(twin, node)
-            self.quantized.step()
             if layer is not None:
                 self.float.to(node.name)
+                self._grow(node.name)
+            self.quantized.step()
+            if layer is not None:
                 self.float.step()
                 self._layer(layer, node)
         while self.float.next() is not None:
             self.float.step()
+
+    def _grow(self, name: str) -> None:
+        """Half as many more examples, or all of them, where values have become so small that they have room."""
+        behind = (
+            self.float.next()
+        )  # the float graph is behind the quantized one: its values are larger
+        if behind is None:
+            return
+        have = total = sum(self.counts)
+        extra: list[Sequence[Tensor]] = []
+        for batch in self.waiting:
+            total += len(batch[0])
+            if total > self.room[name]:
+                break
+            extra.append(batch)
+        left = self.waiting[len(extra) :]
+        if extra and (not left or 2 * sum(len(batch[0]) for batch in extra) >= have):
+            self.float.add(extra)
+            self.quantized.add(extra)
+            self.counts += [len(batch[0]) for batch in extra]
+            self.ran, self.waiting = [*self.ran, *extra], left
 
     def _layer(self, layer: Layer, node: fx.Node) -> None:
         dim = 1 if layer.kind in ("convolution", "transposed") else -1
@@ -211,7 +262,7 @@ class _Correction:
         behind = self._behind(layer.node, node, dim)
         if behind is None:
             return
-        shift, tried = behind.shift()
+        shift, tried = behind.best()
         shift = self._within(layer, self._old(layer, len(shift)), shift)
         if not bool(shift.any()):
             if tried:
@@ -223,9 +274,9 @@ class _Correction:
         added = behind.along(shift.float())
         self.quantized.change(node, lambda value: value + added)
 
-    def _behind(self, twin: fx.Node, node: fx.Node, dim: int) -> "_Behind | None":
+    def _behind(self, twin: fx.Node, node: fx.Node, dim: int) -> Shift | None:
         """What the layer's result becomes in a sum and a clamp that alone read it, as far as it is known by now."""
-        at, bounds = twin, (float("-inf"), float("inf"))
+        at, bounds = twin, UNBOUNDED
         others: list[tuple[Tensor, Tensor]] = []
         user = next(iter(at.users)) if len(at.users) == 1 else None
         if user is not None and operator_name(user) == "add" and not user.kwargs:
@@ -251,19 +302,16 @@ class _Correction:
                 user = next(iter(at.users)) if len(at.users) == 1 else None
         if user is not None and user.op == "call_function":
             bounds = clamp_bounds(user) or bounds
-        parts = []
+        wanted, found = [], []
         for index, values in enumerate(self.quantized.values):
             want, got = self.float.values[index][twin], values[node]
-            count = len(self.first[index])
-            if want.ndim < 2 or len(want) % count:
+            if want.ndim < 2 or len(want) % self.counts[index]:
                 return None  # not as many rows for each example
             if others:
                 want, got = want + others[index][0], got + others[index][1]
-            want, got = _thinned(want, dim), _thinned(got, dim)
-            first = self.first[index].repeat_interleave(len(want) // count)
-            for half, inside in ((0, first), (1, ~first)):
-                parts.append((half, want[inside].clamp(*bounds), got[inside]))
-        return _Behind(parts, bounds, dim % parts[0][1].ndim)
+            wanted.append(want)
+            found.append(got)
+        return Shift(wanted, found, self.counts, bounds, dim)
 
     def _old(self, layer: Layer, size: int) -> Tensor:
         bias = read(self.module, layer.bias) if layer.bias else None
@@ -307,61 +355,7 @@ class _Correction:
             reason = "statistics of the norm's quantized input"
             self.edits.append(Assign(str(name), Values(values.contiguous()), reason=reason))
             self.quantized.set(str(name), values)
-
-
-class _Behind:
-    """A layer's results behind the sum and the clamp that read them, of the float and of the quantized network.
-
-    Args:
-        parts: (half of the examples, what the float network has, what the quantized one has before the clamp).
-        bounds: of the clamp.
-        dim: of the channels.
-    """
-
-    def __init__(
-        self, parts: list[tuple[int, Tensor, Tensor]], bounds: tuple[float, float], dim: int
-    ) -> None:
-        self.parts, self.bounds, self.dim = parts, bounds, dim
-        self.rank, self.size = parts[0][1].ndim, parts[0][1].shape[dim]
-        self.rest = [d for d in range(self.rank) if d != dim]
-
-    def along(self, values: Tensor) -> Tensor:
-        """(size,) values, to be added to the layer's result."""
-        return values.reshape([-1 if d == self.dim else 1 for d in range(self.rank)])
-
-    def shift(self) -> tuple[Tensor, bool]:
-        """(size,) float64: what makes the squared error least, where each half of the examples helps the other; whether one was tried."""
-        shifts = torch.zeros(2, self.size, dtype=torch.float64)
-        for _ in range(STEPS):
-            total, active, _ = self._sums(shifts)
-            shifts += torch.where(active > 0, total / active.clamp_min(1), 0.0)
-        before = self._sums(torch.zeros_like(shifts))[2]
-        after = self._sums(shifts.flip(0))[2]
-        helps = (after < before).all(0)
-        return torch.where(helps, shifts.mean(0), 0.0), bool(shifts.any())
-
-    def _sums(self, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For each half and channel: Σ errors of values that the clamp lets through, their number, Σ squared errors of all."""
-        total, active, squares = (torch.zeros_like(shifts) for _ in range(3))
-        low, high = self.bounds
-        for half, want, got in self.parts:
-            moved = got + self.along(shifts[half].float())
-            inside = (moved > low) & (moved < high)
-            error = want - moved.clamp(low, high)
-            total[half] += (error * inside).sum(self.rest, dtype=torch.float64)
-            active[half] += inside.sum(self.rest)
-            squares[half] += error.square().sum(self.rest, dtype=torch.float64)
-        return total, active, squares
-
-
-def _thinned(value: Tensor, dim: int) -> Tensor:
-    """About ``POSITIONS`` positions of each example, evenly spread: neighbours are alike."""
-    places = [d for d in range(1, value.ndim) if d != dim % value.ndim]
-    total = prod(value.shape[d] for d in places)
-    every = max(floor((total / POSITIONS) ** (1 / max(len(places), 1))), 1)
-    for place in places:
-        value = value[(slice(None),) * place + (slice(None, None, every),)]
-    return value
+            self.renewed = True
 
 
 def _reader_count(module: fx.GraphModule) -> dict[str, int]:

@@ -1,36 +1,39 @@
 """Examples as they are, in small batches, for methods that run a network operator by operator."""
 
 from collections.abc import Iterable, Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
 from tinier.errors import DataError, InputError
-from tinier.graph.rules.base import hint
 from tinier.network import Network
 from tinier.statistics import Statistics
-from tinier.statistics.chunks import Batch, chunks
+from tinier.statistics.chunks import Batch, chunk_size, chunks, largest_value
 
-CHUNK = 16  # examples that one operator runs on at once
+CHUNK = 16  # examples that one operator runs on at once at most
 MEMORY = 2 * 2**30  # bytes that the values of all examples may take
 ALIVE = 8  # times the largest value that are alive in the float and the quantized graph
 
 
-def examples(network: Network, batches: Iterable[Batch], most: int) -> list[list[Tensor]]:
-    """The first examples in batches of 16, each a list of inputs in the order of the graph.
+def examples(
+    network: Network, batches: Iterable[Batch], most: int, memory: int | None = MEMORY
+) -> list[list[Tensor]]:
+    """The first examples in batches of at most 16, each a list of inputs in the order of the graph.
 
     Args:
         network: whose inputs they are.
         batches: input name → tensor, or pairs of these and labels.
-        most: examples; less where the values inside the network would take more than 2 GB.
+        most: examples; less where the values inside the network would take more than ``memory``.
+        memory: bytes; None for no limit, where not all values are kept.
 
     Raises:
         DataError: there are none, or an input is missing.
     """
     result: list[list[Tensor]] = []
-    count, most = 0, min(most, MEMORY // _bytes(network))
-    for inputs, _ in chunks(network, batches, CHUNK):
+    count = 0
+    if memory is not None:
+        most = min(most, max(memory // (largest_value(network) * ALIVE), 1))
+    for inputs, _ in chunks(network, batches, chunk_size(network, CHUNK)):
         if count >= most:
             break
         result.append([inputs[name] for name in network.traced.inputs])
@@ -40,18 +43,12 @@ def examples(network: Network, batches: Iterable[Batch], most: int) -> list[list
     return result
 
 
-def _bytes(network: Network) -> int:
-    """What one example takes while a graph runs, about."""
-    values = [
-        node.meta.get("val") for node in network.traced.module.graph.nodes if node.op != "get_attr"
-    ]
-    sizes = [prod(hint(n) for n in v.shape) * 4 for v in values if isinstance(v, Tensor)]
-    known = len(next(iter(network.example.values())))
-    return max(max(sizes, default=1) * ALIVE // known, 1)
-
-
 def samples_of(
-    network: Network, statistics: Statistics | None, most: int, what: str
+    network: Network,
+    statistics: Statistics | None,
+    most: int,
+    what: str,
+    memory: int | None = MEMORY,
 ) -> list[list[Tensor]]:
     """The examples inside statistics.
 
@@ -60,7 +57,7 @@ def samples_of(
     """
     if statistics is None or not statistics.samples:
         raise InputError(f"{what} needs examples: statistics=Statistics({{}}, n, samples=batches)")
-    return examples(network, statistics.samples, most)
+    return examples(network, statistics.samples, most, memory)
 
 
 def spread(network: Network, batches: Sequence[Batch], most: int) -> list[dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from tinier.edits.base import Plan
 from tinier.edits.outliers import SplitOutliers
 from tinier.errors import InputError
 from tinier.methods import batch_norm_reestimation as reestimation
-from tinier.methods.bias_correction import BiasCorrection, correct_biases_noted
+from tinier.methods.bias_correction import BiasCorrection, correct_biases_noted, enough
 from tinier.methods.cross_layer_equalization import CrossLayerEqualization
 from tinier.methods.outlier_channels import OutlierChannels
 from tinier.methods.quantization import Quantization
@@ -165,7 +165,7 @@ def corrected(
         few = spread(folded, batches, reestimation.MOST)
         plan, notes = reestimation.reestimate_folded_norms(folded, plan, few, before.normed)
     if BiasCorrection.name in names:
-        few = spread(folded, batches, BiasCorrection().most)
+        few = spread(folded, batches, enough(folded))
         plan, more = correct_biases_noted(folded, plan, few, aim=folded)
         notes += more
     return plan, notes

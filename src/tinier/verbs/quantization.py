@@ -22,8 +22,8 @@ from tinier.verbs.quantization_asked import check_together, container_notes, fit
 from tinier.verbs.smaller import Smaller, network_of, since
 
 DYNAMIC = ("dynamic", "dynamic_per_token")
-# Of each activation so many values are looked at: 400 lie outside of 99.99 % of them. The noise of a bin's count adds to a divergence.
-VALUES, MORE = 2**22, 2**24
+# Of each activation so many values are looked at: 200 lie outside of 99.99 % of them. The noise of a bin's count adds to a divergence.
+VALUES, MORE = 2**21, 2**24
 # How rounding is learned → whether in blocks.
 LEARNED = {"learned": False, "learned_blocks": True}
 
@@ -58,7 +58,7 @@ def quantize(
     Args:
         model: an ``nn.Module``, a path, or what ``prune`` or ``recover`` gave; never changed.
         example: example inputs; None where the model brings its own.
-        data: a few hundred examples of real inputs, of which at most 512 are used, and of each activation about four million values beside
+        data: a few hundred examples of real inputs, of which at most 512 are used, and of each activation about two million values beside
             the smallest and the largest; labels are not. Not needed for weights alone, rounded
             to nearest or by "hqq".
         bits: of weights, 2 to 16; to 8 where activations stay float. None for 8, or those that ``max_size`` chooses.
