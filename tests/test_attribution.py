@@ -10,7 +10,7 @@ from tinier.edits.quantize import Quantize, QuantizeDynamically, QuantizeWeight
 from tinier.errors import InputError
 from tinier.graph.fold import fold
 from tinier.graph.rerun import Rerun
-from tinier.measure.attribution import Attribution, attribute, output_loss
+from tinier.measure.attribution import Attribution, attribute, outputs_loss, restored_losses
 from tinier.network import Network
 
 
@@ -99,6 +99,10 @@ def test_parts_of_dynamic_quantization_are_those_of_whole_networks() -> None:
         assert found[other].weight_rounding > 0
 
 
+def output_loss(net: Network, other: Network, batches: list[dict[str, torch.Tensor]]) -> float:
+    return outputs_loss([other(batch) for batch in batches], [net(batch) for batch in batches])
+
+
 TURNS = {"0": "input_1", "2": "relu"}  # what a layer reads
 
 
@@ -119,8 +123,15 @@ def test_restoring_the_layer_that_is_ruined_gives_all_back() -> None:
     data = torch.randn(12, 8)
     whole = attribute(net, Plan((fine, coarse)), [{"input": data}])
     assert whole.examples == 12
-    with pytest.raises(InputError, match="quantizes nothing"):
-        attribute(net, Plan(), [{"input": data}])
+    alone = restored_losses(net, Plan((fine, coarse)), [{"input": data[:5]}, {"input": data[5:]}])
+    assert list(alone) == ["2", "0"]
+    parts = [attribute(net, Plan((fine, coarse)), [{"input": x}]) for x in (data[:5], data[5:])]
+    for layer, loss in alone.items():
+        own = [next(r.restored for r in part.layers if r.layer == layer) for part in parts]
+        assert loss == pytest.approx((5 * own[0] + 7 * own[1]) / 12, rel=1e-4, abs=1e-9)
+    for of in (attribute, restored_losses):
+        with pytest.raises(InputError, match="quantizes nothing"):
+            of(net, Plan(), [{"input": data}])
 
 
 def test_a_rerun_is_a_run() -> None:
@@ -138,3 +149,12 @@ def test_a_rerun_is_a_run() -> None:
     assert torch.equal(changed, net.module[2](torch.zeros(5, 4)))  # type: ignore[index]
     (same,) = rerun.with_value(tanh, rerun.values[tanh])
     assert torch.equal(same, rerun.outputs[0])
+
+
+def test_the_loss_of_outputs_is_their_squared_error_over_their_variance() -> None:
+    random = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(n, 3, generator=random),) for n in (4, 6)]
+    moved = [(batch[0] + 0.5,) for batch in batches]
+    wanted = sum(n * 0.25 / float(b[0].var()) for n, b in zip((4, 6), batches, strict=True)) / 10
+    assert outputs_loss(moved, batches) == pytest.approx(wanted, rel=1e-5)
+    assert outputs_loss(batches, batches) == 0

@@ -3,19 +3,23 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import tinier
+from tinier.edits.assign import Fold
 from tinier.edits.base import Plan
 from tinier.edits.quantize import QuantizeWeight
 from tinier.errors import DataError, InputError, RefusedError
+from tinier.graph.stored import Store
 from tinier.measure.layer_times import assigned, labels, layer_times
 from tinier.methods.quantization import Quantization
+from tinier.methods.weight_integers import Known, integers_of
 from tinier.network import Network
 from tinier.search.bit_allocation import allocate, packed_bytes, sensitivities
 from tinier.statistics import collect, observe
@@ -232,6 +236,33 @@ def test_every_layer_has_a_time(runtime: str, tmp_path: Path) -> None:
         times = layer_times(target, file, {"input": x[:1].numpy()}, 1)
         assert len(times) == 4
         assert all(ms > 0 for layer, ms in times.items() if layer), times
+
+
+def test_what_is_known_of_weights_changes_no_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small()
+    network = Plan((Fold(),)).apply(Network(model, {"input": x[:2]}))
+    batches = [{"input": x}]
+    statistics = replace(
+        observe(network, batches, {"gram"}), activations=collect(network, batches).activations
+    )
+    method = Quantization(rounding="error_feedback", saturation_free=True)
+    made = []
+
+    def counted(module: fx.GraphModule, store: Store, *rest: Any) -> Any:
+        made.append(store.name)
+        return integers_of(module, store, *rest)
+
+    monkeypatch.setattr("tinier.methods.weight_integers.integers_of", counted)
+    known: Known = {}
+    others = [replace(method, exclude=(name,)) for name in ("0", "5", "7")]
+    for one in (method, *others, replace(method, bits=4)):
+        again = one.decide(network, statistics, known)
+        first = len(made)
+        assert again == one.decide(network, statistics)
+        del made[first:]
+    # Of five decisions about three weights: all once at 8 bits and at 4, and those of which another layer's exclusion moves the inputs.
+    assert len(made) < 5 * 3 - 3
+    assert sorted(made[:3]) == ["0.weight", "5.weight", "7.weight"]
 
 
 def test_layers_are_restored_until_the_loss_is_small_enough() -> None:

@@ -87,6 +87,28 @@ def test_statistics_depend_on_neither_batches_nor_order(name: str) -> None:
     assert_same(collect(network, split(data, 7, order), needs=needs), whole, exactly=False)
 
 
+def test_gram_matrices_of_some_examples_are_those_of_these_examples_alone() -> None:
+    network, data = build("residual_cnn"), inputs("residual_cnn", 40, seed=3)
+    module = fold(network.traced.module)
+    positions = {
+        node.name: math.prod(node.meta["val"].shape[2:])
+        for node in module.graph.nodes
+        if node.target is aten.conv2d.default
+    }
+    rows = min(positions.values())
+    found = observe(network, split(data, 40), {"gram"}, rows=rows).grams
+    positions = {name: count for name, count in positions.items() if name in found}
+    assert len({positions[name] // rows for name in positions}) > 1
+    for name, count in positions.items():
+        every = min(count // rows, 8)
+        alone = observe(network, split({k: v[::every] for k, v in data.items()}, 40), {"gram"})
+        assert found[name].rows == alone.grams[name].rows == count * len(range(0, 40, every))
+        scale = float(alone.grams[name].products.abs().max())
+        for size in (40, 1, 7):
+            other = observe(network, split(data, size), {"gram"}, rows=rows).grams[name]
+            assert torch.allclose(other.products, alone.grams[name].products, atol=1e-5 * scale)
+
+
 def test_a_sample_depends_on_no_batches_and_has_the_ends_of_all_values() -> None:
     network, data = build("residual_cnn"), inputs("residual_cnn", 70, seed=3)
     whole = collect(network, split(data, 64))

@@ -14,12 +14,13 @@ from tinier.errors import DataError, InputError
 from tinier.graph.fold import fold, read
 from tinier.graph.rerun import Rerun, value_bytes
 from tinier.graph.rules import operator_name
+from tinier.graph.walk import outputs_of
 from tinier.network import Network
 
-MEMORY = 2**30  # bytes of the values that are kept at once
+MEMORY = 2**29  # bytes of the values that are kept at once
 CAUSES = ("weight rounding", "weight clipping", "activation rounding", "activation clipping")
 
-QUANTIZES = Quantize | QuantizeDynamically | QuantizeWeight
+Edited = Quantize | QuantizeDynamically | QuantizeWeight
 
 
 @dataclass(frozen=True)
@@ -101,27 +102,48 @@ def attribute(network: Network, plan: Plan, batches: Iterable[Mapping[str, Tenso
     Cost:
         For each layer five runs of what comes after it, in the float network, and one in the quantized one.
     """
-    before = Plan(tuple(e for e in plan.edits if not isinstance(e, QUANTIZES)))
-    ours = [e for e in plan.edits if isinstance(e, QUANTIZES)]
+    return _split(network, plan, batches, causes=True).result()
+
+
+def restored_losses(
+    network: Network, plan: Plan, batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """Layer → ``LayerLoss.restored`` alone, those that give back most first; arguments and errors as of ``attribute``.
+
+    Cost:
+        For each layer one run of what comes after it in the quantized network.
+    """
+    split = _split(network, plan, batches, causes=False)
+    found = {label: sums["restored"] / split.examples for label, sums in split.sums.items()}
+    return dict(sorted(found.items(), key=lambda row: -row[1]))
+
+
+def outputs_loss(
+    found: Iterable[tuple[Tensor, ...]], wanted: Iterable[tuple[Tensor, ...]]
+) -> float:
+    """Mean squared difference of floating-point outputs, divided by the variance of those wanted, over batches that count by their size."""
+    total, examples = 0.0, 0
+    for got, want in zip(found, wanted, strict=True):
+        count = len(want[0]) if want[0].ndim else 1
+        total += count * _loss(got, want, [_variance(value) for value in want])
+        examples += count
+    return total / max(examples, 1)
+
+
+def _split(
+    network: Network, plan: Plan, batches: Iterable[Mapping[str, Tensor]], causes: bool
+) -> "_Split":
+    before = Plan(tuple(e for e in plan.edits if not isinstance(e, Edited)))
+    ours = [e for e in plan.edits if isinstance(e, Edited)]
     if not ours:
         raise InputError("attribution: the plan quantizes nothing")
     base = before.apply(network) if before.edits else network
-    split = _Split(base, Plan(tuple(ours)).apply(base), ours)
+    split = _Split(base, Plan(tuple(ours)).apply(base), ours, causes)
     for batch in batches:
         split.add(batch)
     if not split.examples:
         raise DataError(f"{network.name}: no examples to attribute the loss with")
-    return split.result()
-
-
-def output_loss(network: Network, other: Network, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Mean squared difference of two networks' floating-point outputs, divided by the variance of the first's."""
-    total, examples = 0.0, 0
-    for batch in batches:
-        wanted, count = network(batch), len(next(iter(batch.values())))
-        total += count * _loss(other(batch), wanted, [_variance(value) for value in wanted])
-        examples += count
-    return total / max(examples, 1)
+    return split
 
 
 class _Split:
@@ -129,8 +151,10 @@ class _Split:
         self,
         base: Network,
         simulation: Network,
-        edits: list[Quantize | QuantizeDynamically | QuantizeWeight],
+        edits: list[Edited],
+        causes: bool,
     ) -> None:
+        self.causes = causes
         self.module = fold(base.traced.module)
         assert isinstance(simulation.module, fx.GraphModule)
         self.simulation = simulation.module
@@ -152,8 +176,9 @@ class _Split:
             self._chunk(parts)
 
     def _chunk(self, inputs: tuple[Tensor, ...]) -> None:
-        float_run, rounded = Rerun(self.module, inputs), Rerun(self.simulation, inputs)
-        wanted, count = float_run.outputs, len(inputs[0])
+        rounded, count = Rerun(self.simulation, inputs), len(inputs[0])
+        float_run = Rerun(self.module, inputs) if self.causes else None
+        wanted = outputs_of(self.module, [inputs])[0] if float_run is None else float_run.outputs
         scale = [_variance(value) for value in wanted]
 
         def loss(outputs: tuple[Tensor, ...]) -> float:
@@ -165,37 +190,47 @@ class _Split:
         self.total += whole
         self.examples += count
         for node in self.module.graph.nodes:
-            changes = self._changes(node, float_run)
-            if not changes:
+            sources = self._sources(node)
+            if not sources:
                 continue
-            label = _label(node, changes)
+            label = _label(node, sources)
             self.operators[label] = operator_name(node)
             sums = self.sums.setdefault(label, dict.fromkeys((*CAUSES, "alone", "restored"), 0.0))
+            twin = self.twin[node.name]
+            sums["restored"] += whole - loss(
+                rounded.with_arguments(twin, self._float(node, rounded))
+            )
+            if float_run is None:
+                continue
+            changes = self._changes(sources, float_run)
             for what in CAUSES:
                 changed = {s: c[what] for s, c in changes.items() if what in c}
                 if changed:
                     sums[what] += loss(float_run.with_arguments(node, changed))
             both = {source: change["all"] for source, change in changes.items()}
             sums["alone"] += loss(float_run.with_arguments(node, both))
-            twin = self.twin[node.name]
-            sums["restored"] += whole - loss(
-                rounded.with_arguments(twin, self._float(node, rounded))
-            )
 
-    def _changes(self, node: fx.Node, run: Rerun) -> dict[fx.Node, dict[str, Tensor]]:
-        """Input of a node that is quantized for it → what it reads under each cause."""
-        result = {}
+    def _sources(self, node: fx.Node) -> dict[fx.Node, Edited]:
+        """Input of a node that is quantized for it → by what."""
+        result: dict[fx.Node, Edited] = {}
         for source in node.all_input_nodes:
-            value = run.values.get(source)
-            if source.op == "get_attr" and str(source.target) in self.weights:
-                edit = self.weights[str(source.target)]
-                if not edit.readers or node.name in edit.readers:
-                    result[source] = _weight_parts(edit, value)
-            elif source.name in self.values:
-                pair = self.values[source.name]
-                if not pair.readers or node.name in pair.readers:
-                    result[source] = _activation_parts(pair, value)
+            edit: Edited | None = self.values.get(source.name)
+            if source.op == "get_attr":
+                edit = self.weights.get(str(source.target), edit)
+            if edit is not None and (not edit.readers or node.name in edit.readers):
+                result[source] = edit
         return result
+
+    def _changes(
+        self, sources: Mapping[fx.Node, Edited], run: Rerun
+    ) -> dict[fx.Node, dict[str, Tensor]]:
+        """Input of a node that is quantized for it → what it reads under each cause."""
+        return {
+            source: _weight_parts(edit, run.values[source])
+            if isinstance(edit, QuantizeWeight)
+            else _activation_parts(edit, run.values[source])
+            for source, edit in sources.items()
+        }
 
     def _float(self, node: fx.Node, rounded: Rerun) -> dict[fx.Node, Tensor]:
         """What the node of the simulation would read, were its own inputs and weights float."""

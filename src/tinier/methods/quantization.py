@@ -15,7 +15,7 @@ from tinier.graph.layers import linear_layer
 from tinier.graph.placement import ROLES, Placement, place
 from tinier.graph.stored import Store, stored
 from tinier.methods.base import Method, covers, must_exist
-from tinier.methods.weight_integers import ROUNDINGS, Scheme, integers_of
+from tinier.methods.weight_integers import ROUNDINGS, Known, Scheme, known_integers
 from tinier.network import Network
 from tinier.statistics import Statistics
 from tinier.tensors.affine import Integers, asymmetric, within
@@ -163,9 +163,20 @@ class Quantization(Method):
         return self.decide(network, statistics)[0]
 
     def decide(
-        self, network: Network, statistics: Statistics | None = None
+        self,
+        network: Network,
+        statistics: Statistics | None = None,
+        known: Known | None = None,
     ) -> tuple[Plan, tuple[str, ...]]:
-        """As ``plan``, and what there is to say of single layers."""
+        """As ``plan``, and what there is to say of single layers.
+
+        Args:
+            network: as for ``plan``.
+            statistics: as for ``plan``.
+            known: integers of weights, for decisions about one network with one set of statistics: those found here are added, and those
+                of the same scheme and scales of inputs are not worked out again.
+        """
+        known = {} if known is None else known
         refuse_quantized(network)
         if statistics is None and (self.activations is not None or self.needs or self.collects):
             raise InputError("quantization needs data: statistics=collect(network, batches)")
@@ -189,9 +200,8 @@ class Quantization(Method):
         notes: list[tuple[str, str]] = []
         for store in stores:
             fixed = store.name in placement.weights or store.name in multiplied
-            edit, said = integers_of(
-                module, store, self.scheme(store.name, fixed), statistics, steps if fixed else {}
-            )
+            scheme, own = self.scheme(store.name, fixed), steps if fixed else {}
+            edit, said = known_integers(known, module, store, scheme, statistics, own)
             weights.append(edit)
             notes += [(store.name, text) for text in said]
         result = together(notes)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -30,6 +31,9 @@ PASSES, REFITS = (
     2,
 )  # sweeps over the integers after error feedback, and fits of the scales to them
 GROUPED = ("linear", "embedding")  # what runtimes dequantize in groups
+
+# A weight with its scheme and what else its integers depend on → its integers, and what there is to say of them.
+Known = dict[tuple[Any, ...], tuple[QuantizeWeight, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,28 @@ def _unknown(store: Store) -> str:
     if store.kind == "embedding":
         return "an embedding is looked up, not multiplied"
     return f"no moments of what this {store.kind} weight is multiplied with"
+
+
+def known_integers(
+    known: Known,
+    module: fx.GraphModule,
+    store: Store,
+    scheme: Scheme,
+    statistics: Statistics | None,
+    steps: Mapping[str, float],
+) -> tuple[QuantizeWeight, tuple[str, ...]]:
+    """As ``integers_of``, worked out once for each scheme and scales of what the readers read.
+
+    Args:
+        known: what was found before of one graph with one set of statistics; what is found now is added.
+        module, store, scheme, statistics, steps: as for ``integers_of``.
+    """
+    readers = [node for node in module.graph.nodes if node.name in store.readers]
+    read_scales = [steps.get(source.name) for node in readers for source in node.all_input_nodes]
+    key = (store, scheme, tuple(read_scales), bool(steps))
+    if key not in known:
+        known[key] = integers_of(module, store, scheme, statistics, steps)
+    return known[key]
 
 
 def _groups(store: Store, scheme: Scheme, columns: int, dimensions: int) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, fx
 from tinier.errors import DataError, InputError
 from tinier.graph.axes import Atom, Axis, Product, atoms, shallow
 from tinier.graph.groups import Channels, channel_groups, named_tensors
+from tinier.graph.rules.base import hint
 from tinier.network import Network
 from tinier.statistics.base import NEEDS, Gates, Gram, Moments, Statistics, Use
-from tinier.statistics.chunks import CHUNK, Batch, chunks
+from tinier.statistics.chunks import CHUNK, Batch, chunk_size, chunks
 from tinier.statistics.finite import NotFinite, culprit
 from tinier.statistics.histograms import Histograms
 from tinier.statistics.losses import Loss, summed_loss
@@ -20,6 +22,7 @@ from tinier.statistics.places import Place, group_uses, layer_rows, reading_plac
 from tinier.statistics.sensitivity import Sensitivities
 
 PINNED = 16  # part of the most that a Gram matrix may take, for layers of whose inputs no channel can be cut
+_EVERY = 8  # examples, of which at least one is looked at where each has many positions
 LOSSES = frozenset({"gradients", "gates", "squares"})
 
 
@@ -32,6 +35,7 @@ def observe(
     seed: int = 0,
     most_gram: int = 2**30,
     channels: Channels | None = None,
+    rows: int | None = None,
 ) -> Statistics:
     """Run a network over data once and keep what criteria ask for.
 
@@ -46,6 +50,8 @@ def observe(
         seed: of the answers that are drawn.
         most_gram: bytes that one Gram matrix may take.
         channels: the network's axes, if they are known.
+        rows: of each example that the Gram matrix of a convolution needs on average; where one has more positions, every second to eighth
+            example is taken, whole. None for all examples.
 
     Returns:
         Statistics that do not depend on how the examples were batched.
@@ -57,7 +63,7 @@ def observe(
     Cost:
         One run of the network; with a loss one run backward; with "squares" one run forward and backward for each example alone.
         Memory is flat in the number of examples: Gram matrices of 8 · (inputs · kernel)² bytes, gradients of 8 bytes for each
-        parameter, histograms of 2 kB for each channel, and a run of 32 examples.
+        parameter, histograms of 2 kB for each channel, and a run of at most 32 examples.
     """
     asked = frozenset(needs)
     if unknown := asked - NEEDS.keys():
@@ -65,7 +71,7 @@ def observe(
             f"needs: {', '.join(sorted(unknown))}: unknown; there are {', '.join(NEEDS)}"
         )
     channels = channels or channel_groups(network.traced)
-    recorder = _Recorder(network, channels, asked, most_gram)
+    recorder = _Recorder(network, channels, asked, most_gram, rows)
     generator = torch.Generator().manual_seed(seed)
     examples, given = 0, False
     weighted = Sensitivities(network.traced) if "sensitivity" in asked else None
@@ -87,11 +93,17 @@ class _Recorder(fx.Interpreter):
     """Runs a graph and adds up what is asked for at the places where operators read channel groups."""
 
     def __init__(
-        self, network: Network, channels: Channels, needs: frozenset[str], most_gram: int
+        self,
+        network: Network,
+        channels: Channels,
+        needs: frozenset[str],
+        most_gram: int,
+        rows: int | None,
     ) -> None:
         module = network.traced.module
         super().__init__(module, garbage_collect_values=True)
-        self.traced, self.needs = network.traced, needs
+        self.traced, self.needs, self.rows = network.traced, needs, rows
+        self.examples = 0  # before the chunk that runs
         self.tensors = named_tensors(module)
         found = reading_places(network.traced, channels)
         self.uses = group_uses(channels, channels.groups, found)
@@ -104,7 +116,7 @@ class _Recorder(fx.Interpreter):
             for place in found
             if needs & {"gates", "entropy"}
         }
-        self.chunk = CHUNK
+        self.chunk = chunk_size(network, CHUNK)
         if "squares" in needs or None in self.batch_dims.values():
             self.chunk = 1
         self.whole = (
@@ -159,6 +171,7 @@ class _Recorder(fx.Interpreter):
             raise DataError(culprit(self.traced.module, ordered, str(found))) from None
         finally:
             self.leaves, self.taps = {}, []
+        self.examples += len(ordered[0])
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
@@ -282,6 +295,14 @@ class _Recorder(fx.Interpreter):
             return
         layer, gram = place.layer, self.grams[place.node.name]
         weight = self.tensors[layer.weight].detach()
+        if self.rows is not None and layer.kind in ("convolution", "transposed"):
+            positions = (
+                layer.node.meta["val"].shape[2:] if layer.kind == "convolution" else value.shape[2:]
+            )
+            every = min(max(prod(hint(n) for n in positions) // self.rows, 1), _EVERY)
+            value = value[-self.examples % every :: every]
+            if not len(value):
+                return
         for rows in layer_rows(layer, value, weight):
             gram.add(rows)
         if not bool(gram.total.isfinite().all()):

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, fx
 
+from tinier.edits.base import Plan
 from tinier.errors import InputError, RefusedError
 from tinier.graph.fold import fold, read
 from tinier.graph.stored import stored
-from tinier.measure.attribution import attribute, output_loss
+from tinier.graph.walk import outputs_of
+from tinier.measure.attribution import outputs_loss, restored_losses
 from tinier.methods.base import covers
 from tinier.methods.quantization import Quantization
-from tinier.methods.sampled import spread
+from tinier.methods.sampled import examples, spread
+from tinier.methods.weight_integers import Known
 from tinier.network import Network
 from tinier.search.bit_allocation import FLOAT, KINDS, allocate, packed_bytes, sensitivities
 from tinier.search.integer_speed import layer_latencies, without_slower
@@ -23,6 +26,7 @@ from tinier.units import is_whole, parse_bytes, parse_milliseconds
 
 FEW = 32  # examples that sensitivities are measured on
 TRIES = 4  # files that are written to find one that fits
+RANKED = 16  # examples by which layers are put in order before they are left float
 ALONE, INTEGER = (2, 3, 4, 6, 8), (4, 8)
 
 
@@ -212,12 +216,21 @@ def restored(
         RefusedError: every layer would stay float.
 
     Cost:
-        An attribution, and a run for each of about log₂ n choices of n layers.
+        For each layer a run of 16 examples through what comes after it, and one of 32 for each of about log₂ n choices of n layers.
     """
     few = spread(network, batches, FEW)
-    plan, _ = method.decide(network, statistics)
-    found = attribute(network, plan, few)
-    whole = output_loss(network, plan.apply(network), few)
+    known: Known = {}
+    plan, _ = method.decide(network, statistics, known)
+    found = restored_losses(network, plan, spread(network, batches, RANKED))
+    inputs = examples(network, few, FEW, None)
+    wanted = outputs_of(fold(network.traced.module), inputs)
+
+    def loss_of(plan: Plan) -> float:
+        quantized = plan.apply(network).module
+        assert isinstance(quantized, fx.GraphModule)
+        return outputs_loss(outputs_of(quantized, inputs), wanted)
+
+    whole = loss_of(plan)
     module = fold(network.traced.module)
     stores = {store.name: store for store in method.stores(network)}
     sizes = {name: _count(read(module, name)) for name in stores}
@@ -228,15 +241,15 @@ def restored(
         )
         for name, store in stores.items()
     }
-    rows = [row for row in found.layers if row.layer in names and row.restored > 0]
-    rows.sort(key=lambda row: -row.restored / max(sum(sizes[n] for n in names[row.layer]), 1))
+    rows = [layer for layer, gain in found.items() if layer in names and gain > 0]
+    rows.sort(key=lambda layer: -found[layer] / max(sum(sizes[n] for n in names[layer]), 1))
 
     def left(count: int) -> tuple[Quantization, float]:
-        stay = tuple(dict.fromkeys(name for row in rows[:count] for name in names[row.layer]))
+        stay = tuple(dict.fromkeys(name for layer in rows[:count] for name in names[layer]))
         trial = replace(method, exclude=(*method.exclude, *stay))
         if len(stay) >= len(sizes):
             return trial, 0.0
-        return trial, output_loss(network, trial.decide(network, statistics)[0].apply(network), few)
+        return trial, loss_of(trial.decide(network, statistics, known)[0])
 
     low, high = 0, 1
     while high < len(rows) and left(high)[1] > share * whole:
@@ -251,7 +264,7 @@ def restored(
             f"restore={share:g}: every layer would stay float, or {loss / max(whole, 1e-300):.0%} of the loss is left; "
             "a larger share, or more bits, is needed"
         )
-    said = ", ".join(row.layer for row in rows[:high])
+    said = ", ".join(rows[:high])
     note = f"float, because it gives back most: {said}; {loss / max(whole, 1e-300):.0%} of the loss is left"
     return trial, (note,)
 

@@ -24,6 +24,9 @@ from tinier.verbs.smaller import Smaller, network_of, since
 DYNAMIC = ("dynamic", "dynamic_per_token")
 # Of each activation so many values are looked at: 200 lie outside of 99.99 % of them. The noise of a bin's count adds to a divergence.
 VALUES, MORE = 2**21, 2**24
+ROWS = (
+    2**16
+)  # that Gram matrices of convolutions are of, about: fifty times their largest number of columns
 # How rounding is learned → whether in blocks.
 LEARNED = {"learned": False, "learned_blocks": True}
 
@@ -187,13 +190,15 @@ def _statistics(
     needs: frozenset[str],
 ) -> Statistics:
     found = Statistics({}, 0)
+    count = sum(len(next(iter(batch.values()))) for batch in batches)
     if method.activations is not None or method.collects:
         watched = None if method.activations is not None else ()  # no activation is quantized
-        count = sum(len(next(iter(batch.values()))) for batch in batches)
         total = MORE if method.ranges == "entropy" else VALUES
         found = collect(network, batches, watched, method.collects, most=-(-total // count))
     if needs:
         found = replace(
-            observe(network, batches, needs), activations=found.activations, columns=found.columns
+            observe(network, batches, needs, rows=-(-ROWS // count)),
+            activations=found.activations,
+            columns=found.columns,
         )
     return found
