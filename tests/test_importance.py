@@ -63,7 +63,7 @@ def test_the_verb_collects_no_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> No
     expected = choose(weight, first.grid.integers, rule="mse", importance=importance)
     torch.testing.assert_close(first.scale.tensor, expected.scale)
 
-    def none(*_: object) -> None:
+    def none(*_: object, **__: object) -> None:
         raise AssertionError("a Gram matrix was asked for")
 
     monkeypatch.setattr("tinier.verbs.quantization.observe", none)

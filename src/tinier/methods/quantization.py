@@ -1,6 +1,6 @@
 """Quantization after training: integer weights, and activations rounded to ranges that data showed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,22 +14,20 @@ from tinier.graph.fold import fold
 from tinier.graph.layers import linear_layer
 from tinier.graph.placement import ROLES, Placement, place
 from tinier.graph.stored import Store, stored
+from tinier.methods.activation_integers import ActivationScheme, activations_of
 from tinier.methods.base import Method, covers, must_exist
 from tinier.methods.weight_integers import ROUNDINGS, Known, Scheme, known_integers
 from tinier.network import Network
 from tinier.statistics import Statistics
-from tinier.tensors.affine import Integers, asymmetric, within
-from tinier.tensors.histogram import Histogram
-from tinier.tensors.ranges import RULES, activation_range
+from tinier.tensors.ranges import RULES
 from tinier.units import is_whole
 
-Bounds = tuple[float, float]
-UNBOUNDED: Bounds = (float("-inf"), float("inf"))
 DYNAMIC = (  # products whose inputs are rounded in the range of each run
     torch.ops.aten.linear.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.mm.default,
 )
+RULES_OF_BOTH = ("minmax", "percentile", "mse")  # of weights and of activations
 WEIGHT_RULES = ("minmax", "percentile", "mse", "importance")
 
 
@@ -46,9 +44,10 @@ class Quantization(Method):
             integers. Needs no data.
         per_token: dynamic ranges are those of each row of the last axis, symmetric, not of the whole tensor.
         ranges: of activations: ``"minmax"``, ``"percentile"``, ``"moving_average"``, ``"mse"`` for the least squared error, or
-            ``"entropy"`` for the least KL divergence: `tinier.tensors.ranges.RULES`.
+            ``"importance"`` for the least squared error of what the outputs depend on, or ``"entropy"`` for the least KL divergence:
+            `tinier.tensors.ranges.RULES`.
         weight_ranges: of weights: ``"minmax"``, ``"percentile"``, ``"mse"``, or ``"importance"``: least squared error of each weight times
-            the mean square of its input; None for what ``ranges`` is, or ``"mse"`` where that is no rule for weights.
+            the mean square of its input; None for what ``ranges`` is where that is one of the first three, else ``"mse"``.
         group: inputs of a linear layer or entries of an embedding that share a scale; None for one scale a channel. Weights alone only.
         per_tensor: one scale for all channels of a weight, for hardware that has no scale a channel.
         symmetric: zero points of weights are 0. Integer operators need that; for weights alone it can be false. None for true, but for
@@ -146,7 +145,15 @@ class Quantization(Method):
     def collects(self) -> frozenset[str]:
         """What of ``statistics.collect`` the weights need: moments of columns take flat memory, and there are some of layers that have no
         Gram matrix."""
-        return frozenset({"columns"} if self.weight_ranges == "importance" else ())
+        found = {"columns"} if self.weight_rule == "importance" else set()
+        if self.activations is not None and self.ranges == "importance":
+            found.add("importance")
+        return frozenset(found)
+
+    @property
+    def weight_rule(self) -> str:
+        """The rule that ranges of weights have."""
+        return self.weight_ranges or (self.ranges if self.ranges in RULES_OF_BOTH else "mse")
 
     def plan(self, network: Network, statistics: Statistics | None = None) -> Plan:
         """Choose the scales.
@@ -181,7 +188,7 @@ class Quantization(Method):
         if statistics is None and (self.activations is not None or self.needs or self.collects):
             raise InputError("quantization needs data: statistics=collect(network, batches)")
         module = fold(network.traced.module)
-        if self.collects and statistics is not None:
+        if "columns" in self.collects and statistics is not None:
             self._weighable(module, statistics)
         names = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
         must_exist((*self.exclude, *(pattern for pattern, _ in self.layers)), network, names)
@@ -193,7 +200,7 @@ class Quantization(Method):
             raise RefusedError(f"{network.name} has no weight to quantize")
         edits: list[Quantize] = []
         if self.activations is not None and statistics is not None:
-            edits = self._activations(network, placement, statistics, self.activations)
+            edits = activations_of(network, placement, statistics, self._activation_scheme)
         steps = {edit.tensor: edit.scale for edit in edits}
         multiplied, dynamic = self._dynamic(network.name, module, stores)
         weights: list[QuantizeWeight] = []
@@ -277,7 +284,7 @@ class Quantization(Method):
         if statistics is None:
             raise InputError("quantization needs data: statistics=collect(network, batches)")
         placement = place(module, lambda name: not self.bits_of(name))
-        return [*self._activations(network, placement, statistics, self.activations)]
+        return [*activations_of(network, placement, statistics, self._activation_scheme)]
 
     def _stores(self, module: fx.GraphModule, placement: Placement) -> list[Store]:
         """The weights to store, in the order of the graph."""
@@ -293,6 +300,10 @@ class Quantization(Method):
         order = {str(n.target): i for i, n in enumerate(module.graph.find_nodes(op="get_attr"))}
         return sorted(chosen.values(), key=lambda store: order[store.name])
 
+    @property
+    def _activation_scheme(self) -> ActivationScheme:
+        return ActivationScheme(self.activations or 8, self.ranges, self.symmetric_activations)
+
     def is_symmetric(self, bits: int) -> bool:
         """Whether zero points of weights of so many bits are 0."""
         if self.symmetric is None:
@@ -304,81 +315,13 @@ class Quantization(Method):
         bits = min(self.bits_of(name), 16 if fixed else 8) if bits is None else bits
         return Scheme(
             bits,
-            self.weight_ranges or (self.ranges if self.ranges in WEIGHT_RULES else "mse"),
+            self.weight_rule,
             None if fixed else self.group,
             self.per_tensor,
             self.is_symmetric(bits),
             self.rounding,
             self.saturation_free and fixed,
         )
-
-    def _activations(
-        self, network: Network, placement: Placement, statistics: Statistics, bits: int
-    ) -> list[Quantize]:
-        """Values that share a scale get the range of all of them together."""
-        integers = self._integers(bits)
-        missing = [name for name in placement.values if name not in statistics.activations]
-        if missing:
-            raise RefusedError(
-                f"{network.name}: the statistics have nothing of {missing[0]}; "
-                "collect them of this very network"
-            )
-        chosen = self._shared(placement, statistics.activations, integers)
-        edits = []
-        for name, readers in placement.values.items():
-            scale, zero_point = chosen[placement.shares[name]]
-            own = placement.bounds.get(name, UNBOUNDED)
-            before = placement.before.get(name)
-            if before and not _fits(scale, zero_point, integers, own):
-                # The clamp cannot fuse into the shared scale: the operator before it gets the range of what the clamp
-                # lets through, and stays an integer operator.
-                first = self._parameters(statistics.activations[name], own, integers)
-                edits.append(_edit(before, first, integers, ()))
-            edits.append(_edit(name, (scale, zero_point), integers, readers))
-        return edits
-
-    def _integers(self, bits: int) -> Integers:
-        """Of activations. Runtimes clamp to all integers of a type, so that the one without an opposite stays."""
-        if self.symmetric_activations:
-            return Integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        return Integers.unsigned(bits)
-
-    def _shared(
-        self, placement: Placement, histograms: Mapping[str, Histogram], integers: Integers
-    ) -> dict[str, tuple[float, int]]:
-        """(scale, zero point) of all values that share them, by the node that stands for them."""
-        together: dict[str, Histogram] = {}
-        bounds: dict[str, Bounds] = {}
-        for name, root in placement.shares.items():
-            histogram = histograms[name]
-            together[root] = together[root].merged(histogram) if root in together else histogram
-            low, high = placement.bounds.get(name, UNBOUNDED)
-            bounds[root] = (
-                max(low, bounds.get(root, UNBOUNDED)[0]),
-                min(high, bounds.get(root, UNBOUNDED)[1]),
-            )
-        return {
-            root: self._parameters(histogram, bounds[root], integers)
-            for root, histogram in together.items()
-        }
-
-    def _parameters(
-        self, histogram: Histogram, bounds: Bounds, integers: Integers
-    ) -> tuple[float, int]:
-        """(scale, zero point) of values with this histogram, within the bounds of a clamp where they all are."""
-        signs = self.symmetric_activations
-        low, high = activation_range(histogram, integers, self.ranges, symmetric=signs)
-        scale, zero_point = asymmetric(torch.tensor(low), torch.tensor(high), integers)
-        if bounds[0] <= low and high <= bounds[1]:
-            scale = within(scale, zero_point, integers, *bounds)
-        return float(scale), int(zero_point)
-
-
-def _edit(
-    name: str, parameters: tuple[float, int], integers: Integers, readers: tuple[str, ...]
-) -> Quantize:
-    scale, zero_point = parameters
-    return Quantize(name, scale, zero_point, integers.low, integers.high, readers)
 
 
 def together(notes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
@@ -387,11 +330,3 @@ def together(notes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     for name, text in notes:
         names.setdefault(text, []).append(name)
     return tuple(f"{', '.join(found)}: {text}" for text, found in names.items())
-
-
-def _fits(scale: float, zero_point: int, integers: Integers, bounds: Bounds) -> bool:
-    """Whether all representable values lie within the bounds, so that a runtime can leave the clamp out."""
-    ends = torch.tensor([integers.low - zero_point, integers.high - zero_point]) * torch.tensor(
-        scale
-    )
-    return bounds[0] <= float(ends[0]) and float(ends[1]) <= bounds[1]

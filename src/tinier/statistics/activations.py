@@ -13,6 +13,7 @@ from tinier.graph.placement import place
 from tinier.network import Network
 from tinier.statistics.base import COLLECTS, Ends, Moments, Statistics
 from tinier.statistics.chunks import CHUNK, Batch, chunk_size, chunks
+from tinier.statistics.importance import MOST, weigh
 from tinier.statistics.places import layer_rows
 from tinier.statistics.recurrent import WHOLE, column, reads
 from tinier.tensors.histogram import Histogram
@@ -34,7 +35,7 @@ def collect(
         nodes: the activations to watch, by their names in the folded graph, as ``floating_activations`` lists them; None for those that
             static quantization asks for.
         needs: keys of ``COLLECTS``, collected in the same run: "channels", the ends of each channel; "columns", the moments of what each
-            column of a layer's weights is multiplied with.
+            column of a layer's weights is multiplied with; "importance", by at most 64 of the examples, which values the outputs depend on.
         most: about how many values of each example and activation are looked at, as ``Histogram.add`` says; None for all. The smallest and
             the largest are those of all, always.
 
@@ -48,7 +49,7 @@ def collect(
 
     Cost:
         One run of the network; memory is flat in the number of examples: that of a run of at most 32, 32 kB for each activation and, with
-        "columns", 32 bytes for each column.
+        "columns", 32 bytes for each column. With "importance" a run forth and back over 64 examples.
     """
     if unknown := set(needs) - COLLECTS.keys():
         raise InputError(
@@ -63,7 +64,10 @@ def collect(
         )
     recorder = _Recorder(module, watched, frozenset(needs), nodes is None, most)
     examples = 0
+    first: list[dict[str, Tensor]] = []
     for inputs, _ in chunks(network, batches, chunk_size(network, CHUNK)):
+        if "importance" in needs and examples < MOST:
+            first.append({name: value[: MOST - examples] for name, value in inputs.items()})
         ordered = [inputs[name] for name in network.traced.inputs]
         with torch.no_grad():
             recorder.run(*ordered)
@@ -72,6 +76,8 @@ def collect(
         raise DataError(
             f"{network.name}: no examples to collect statistics of; one or more are needed"
         )
+    if first:
+        weigh(network, module, recorder.histograms, first)
     return Statistics(
         recorder.histograms, examples, channels=recorder.channels, columns=recorder.columns
     )

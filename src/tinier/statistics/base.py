@@ -25,6 +25,7 @@ NEEDS = {
 COLLECTS = {
     "channels": "the smallest and the largest value of each channel of the activations",
     "columns": "moments of what each column of the weights of linear, convolutional and recurrent layers is multiplied with",
+    "importance": "for the bins of the histograms, how much the outputs change with their values",
 }
 
 

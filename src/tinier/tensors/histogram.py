@@ -27,6 +27,7 @@ class Histogram:
         low, high: smallest and largest value; +inf and −inf before the first.
         parts: how many parts, such as examples, the values came in.
         low_sum, high_sum: sums over the parts of the smallest and of the largest value of each.
+        importance: (BINS,) float64, for each bin the sum of what `weigh` was told of its values; None before.
     """
 
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
@@ -37,6 +38,7 @@ class Histogram:
     parts: int = 0
     low_sum: float = 0.0
     high_sum: float = 0.0
+    importance: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -96,13 +98,41 @@ class Histogram:
             self.counts += counts * every
             self.zeros += zeros * every
 
+    def weigh(self, x: Tensor, importance: Tensor) -> None:
+        """Say how much errors of values matter; values that were not added, too, say so for those in their bins.
+
+        Args:
+            x: of any shape, finite.
+            importance: of its shape, 0 or more.
+
+        Cost:
+            A few passes over the values.
+        """
+        if self.importance is None:
+            self.importance = torch.zeros(BINS, dtype=torch.float64)
+        if not x.numel():
+            return
+        x = x.detach().float().flatten()
+        low, high = (float(end) for end in torch.aminmax(x))
+        self._widen(_exponent(low, high))
+        index = (x * 2.0**-self.exponent).floor_().to(torch.int64).add_(BINS // 2)
+        counted = importance.detach().double().flatten() * (x != 0)
+        self.importance += torch.bincount(index, counted, minlength=BINS)
+
     def merged(self, other: "Histogram") -> "Histogram":
         """The histogram of the values of both, which lie side by side: the means of the ends are those of the wider one."""
-        both = Histogram(self.counts.clone(), self.exponent)
+        weights = [
+            None if one is None else one.clone() for one in (self.importance, other.importance)
+        ]
+        both = Histogram(self.counts.clone(), self.exponent, importance=weights[0])
         both._widen(other.exponent)
-        second = Histogram(other.counts.clone(), other.exponent)
+        second = Histogram(other.counts.clone(), other.exponent, importance=weights[1])
         second._widen(both.exponent)
         both.counts += second.counts
+        if both.importance is None or second.importance is None:
+            both.importance = second.importance if both.importance is None else both.importance
+        else:
+            both.importance += second.importance
         both.zeros = self.zeros + other.zeros
         both.low, both.high = min(self.low, other.low), max(self.high, other.high)
         (low, high), (other_low, other_high) = self.mean_ends, other.mean_ends
@@ -148,13 +178,20 @@ class Histogram:
 
     def _widen(self, exponent: int) -> None:
         while self.exponent < exponent:
-            half = torch.zeros_like(self.counts)
-            quarter = BINS // 4
-            half[quarter : quarter + BINS // 2] = self.counts.reshape(-1, 2).sum(1)
-            self.counts = half
+            self.counts = _halved(self.counts)
+            if self.importance is not None:
+                self.importance = _halved(self.importance)
             self.exponent += 1
-            if not int(self.counts.sum()):
+            empty = self.importance is None or not float(self.importance.sum())
+            if empty and not int(self.counts.sum()):
                 self.exponent = exponent
+
+
+def _halved(counts: Tensor) -> Tensor:
+    """(BINS,) with bins twice as wide."""
+    half, quarter = torch.zeros_like(counts), BINS // 4
+    half[quarter : quarter + BINS // 2] = counts.reshape(-1, 2).sum(1)
+    return half
 
 
 def _stride(size: int, most: int | None) -> int:

@@ -102,11 +102,11 @@ def prepared(
         else:
             notes += ("no two layers follow each other so that their ranges can be made equal",)
     if SmoothQuant.name in names and method.activations is not None:
-        rule = method.weight_ranges if method.weight_ranges != "importance" else "mse"
+        rule = method.weight_rule if method.weight_rule != "importance" else "mse"
         smooth = SmoothQuant(
             bits=min(method.bits, 16),
             activations=method.activations,
-            ranges=method.ranges,
+            ranges=method.ranges if method.ranges != "importance" else "mse",
             weight_ranges=rule,
             per_tensor=method.per_tensor,
             symmetric_activations=method.symmetric_activations,

@@ -68,7 +68,7 @@ def quantize(
         activations: bits of activations; None stores weights as integers and computes in float; "dynamic" rounds inputs of linear layers to
             8 bits in the range of each run, "dynamic_per_token" in that of each row of their last axis. Both need no data.
         symmetric_activations: zero points of activations are 0, for accelerators that have none.
-        ranges: of activations, "minmax", "percentile", "moving_average", "mse" or "entropy".
+        ranges: of activations, "minmax", "percentile", "moving_average", "mse", "importance" or "entropy".
         weight_ranges: of weights, "minmax", "percentile", "mse" or "importance"; None for what ``ranges`` is.
         group: inputs that share a scale, for weights alone; None for one scale a channel.
         per_tensor: one scale for all channels of a weight, for hardware that has no scale a channel.
