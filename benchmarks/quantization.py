@@ -41,24 +41,36 @@ THREADS = 1  # of a timed artifact
 EVALUATE = 1800.0  # seconds
 
 # tinier's variants: the runtime that the file is exported for, and the keywords of tinier.quantize.
+SMOOTH = ("smooth_quant", "bias_correction")
 OURS: dict[str, dict[str, Any]] = {
     "ONNX Runtime": {"export": "onnxruntime"},
     "OpenVINO": {"export": "openvino"},
-    "ONNX Runtime, error feedback, restored": {
+    "ONNX Runtime, importance": {"export": "onnxruntime", "ranges": "importance"},
+    "ONNX Runtime, min-max": {"export": "onnxruntime", "ranges": "minmax", "weight_ranges": "mse"},
+}
+OF_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "ONNX Runtime, importance, SmoothQuant": {
         "export": "onnxruntime",
-        "rounding": "error_feedback",
-        "restore": 0.3,
+        "ranges": "importance",
+        "corrections": SMOOTH,
     },
-    "OpenVINO, error feedback, restored": {
-        "export": "openvino",
-        "rounding": "error_feedback",
-        "restore": 0.3,
-    },
-    "ONNX Runtime, minmax, error feedback": {
+    "ONNX Runtime, importance, SmoothQuant, outlier channels": {
         "export": "onnxruntime",
-        "ranges": "minmax",
-        "weight_ranges": "mse",
+        "ranges": "importance",
+        "corrections": (*SMOOTH, "outlier_channels"),
+    },
+    "ONNX Runtime, dynamic": {"export": "onnxruntime", "activations": "dynamic_per_token"},
+}
+OF_OTHERS: dict[str, dict[str, Any]] = {
+    "ONNX Runtime, importance, error feedback": {
+        "export": "onnxruntime",
+        "ranges": "importance",
         "rounding": "error_feedback",
+    },
+    "ONNX Runtime, importance, restored": {
+        "export": "onnxruntime",
+        "ranges": "importance",
+        "restore": 0.5,
     },
 }
 FLOAT = {name: {"export": name, "float": True} for name in ("onnxruntime", "openvino")}
@@ -68,7 +80,8 @@ TITLES = {"float": "float", "tinier": "tinier", **NAMES}
 
 def variants(task: Task, contestant: str) -> dict[str, dict[str, Any]]:
     """Settings by name; the first is the contestant's default."""
-    own = {"float": FLOAT, "tinier": OURS}
+    ours = OURS | (OF_TRANSFORMERS if task.transformer else OF_OTHERS)
+    own = {"float": FLOAT, "tinier": ours}
     return own.get(contestant) or variants_of(contestant, task.transformer)
 
 

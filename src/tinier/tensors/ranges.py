@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from tinier.errors import DataError, InputError
 from tinier.tensors.affine import Integers
 from tinier.tensors.clipping import (
@@ -22,10 +20,6 @@ PERCENTILE = 99.99
 # How many shares of a range the searches try first. Squared errors are smooth; the divergence jumps where a bin goes from one
 # integer to the next.
 _SMOOTH, _JAGGED = 32, 400
-# Data that come later may be wider than those that ranges were taken from: of a super-resolution network whose photographs were, the
-# range with the least error lost 2.7 dB more than this.
-SLACK = 0.1
-_WIDER = 65  # ranges between the cheapest and the whole
 
 
 def activation_range(
@@ -121,29 +115,13 @@ def _moving_average(asked: _Asked) -> tuple[float, float]:
 
 
 def _cheapest(
-    cost: Callable[[Histogram, Integers], Cost], tries: int, asked: _Asked, slack: float = 0.0
+    cost: Callable[[Histogram, Integers], Cost], tries: int, asked: _Asked
 ) -> tuple[float, float]:
-    """The range with the least cost; with slack the widest one that costs at most so much more."""
     of = cost(asked.histogram, asked.integers)
-    whole = min(asked.histogram.low, 0.0), max(asked.histogram.high, 0.0)
     if asked.symmetric:
         bound = cheapest_bound(of, asked.bound, asked.integers, tries)
-        least, whole = (symmetric_ends(b, asked.integers) for b in (bound, asked.bound))
-    else:
-        least = cheapest(of, *whole, tries)
-    low, high = _widest(of, least, whole, slack) if slack else least
-    return (-high, high) if asked.symmetric else (low, high)
-
-
-def _widest(
-    cost: Cost, least: tuple[float, float], whole: tuple[float, float], slack: float
-) -> tuple[float, float]:
-    """The widest range between two that costs at most so much more than the first."""
-    share = torch.linspace(0, 1, _WIDER, dtype=torch.float64)
-    low, high = (a + share * (b - a) for a, b in zip(least, whole, strict=True))
-    costs = cost(low, high)
-    best = int((costs <= (1 + slack) * costs[0]).nonzero()[-1])
-    return float(low[best]), float(high[best])
+        return -bound, bound
+    return cheapest(of, min(asked.histogram.low, 0.0), max(asked.histogram.high, 0.0), tries)
 
 
 def weighted_error(histogram: Histogram, integers: Integers) -> Cost:
@@ -182,8 +160,8 @@ RULES: dict[str, Rule] = {
         partial(_cheapest, squared_error, _SMOOTH),
     ),
     "importance": Rule(
-        "the widest range with at most 10 % more than the least squared error, where errors count as they change the network's outputs",
-        partial(_cheapest, weighted_error, _SMOOTH, slack=SLACK),
+        "the range with the least squared error, where errors count as they change the network's outputs",
+        partial(_cheapest, weighted_error, _SMOOTH),
     ),
     "entropy": Rule(
         "the range with the least KL divergence from the values",
