@@ -1,6 +1,6 @@
 """Claim: with weights of 4, 3 and 2 bits in groups, a language model loses less by tinier than by its peers at equal bits.
 
-    python benchmarks/quantization_language.py [--only MODEL …] [--peers NAME …] [--minutes 60] [--log FILE]
+    python benchmarks/quantization_language.py [--only MODEL …] [--peers NAME …] [--bits 4 …] [--minutes 60] [--log FILE]
 
 Two models (``quantization_language_models.py``): "small", trained from scratch on Shakespeare's plays, and SmolLM2-135M, whose linear
 layers are already 4-bit in the file that it comes from, which is said beside every figure. The linear layers of the blocks are quantized,
@@ -104,9 +104,15 @@ def bits_per_weight(bits: int, group: int, zeros: bool) -> float:
     return bits + (16 + (bits if zeros else 0)) / group
 
 
-def run(model: str, contestant: str, log: Log, python: Path, until: float) -> None:
-    asked = ((32, 0),) if contestant == "float" else ASKED[model]
-    for bits, group in asked:
+def run(
+    model: str,
+    contestant: str,
+    log: Log,
+    python: Path,
+    until: float,
+    asked: tuple[tuple[int, int], ...],
+) -> None:
+    for bits, group in ((32, 0),) if contestant == "float" else asked:
         for variant, settings in CONTESTANTS[contestant].items():
             key = f"{model} | {bits} bits, group {group} | {contestant} | {variant}"
             if key in log.rows() or time.monotonic() > until:
@@ -187,6 +193,7 @@ def main() -> None:
     options.add_argument(
         "--peers", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS), metavar="NAME"
     )
+    options.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="of weights")
     options.add_argument("--minutes", type=float, default=1e6, help="begin no row later")
     options.add_argument("--log", type=Path, default=work() / "language.jsonl", help="JSON lines")
     given = options.parse_args()
@@ -199,9 +206,10 @@ def main() -> None:
         except PeerError as error:
             print(f"NOT RUN: {error}")
     for model in given.only:
+        asked = tuple(pair for pair in ASKED[model] if pair[0] in given.bits)
         for contestant in dict.fromkeys(["float", *given.peers]):
             if contestant in pythons:
-                run(model, contestant, log, pythons[contestant], until)
+                run(model, contestant, log, pythons[contestant], until, asked)
     log.write()
     show(log.rows())
 

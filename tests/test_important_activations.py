@@ -149,10 +149,19 @@ class Words(nn.Module):
         return self.last(torch.relu(self.table(x)).mean(1))
 
 
-def test_quantize_by_importance_from_integers_to_logits() -> None:
+@pytest.mark.parametrize(
+    "corrections", [("bias_correction",), ("smooth_quant", "outlier_channels")]
+)
+def test_quantize_by_importance_from_integers_to_logits(corrections: tuple[str, ...]) -> None:
     tokens = torch.randint(20, (32, 6), generator=torch.Generator().manual_seed(2))
     model = Words().eval()
-    smaller = tinier.quantize(model, {"x": tokens[:2]}, {"x": tokens.numpy()}, ranges="importance")
+    smaller = tinier.quantize(
+        model,
+        {"x": tokens[:2]},
+        {"x": tokens.numpy()},
+        ranges="importance",
+        corrections=corrections,
+    )
     (found,) = smaller.network({"x": tokens})
     with torch.no_grad():
         expected = model(tokens)

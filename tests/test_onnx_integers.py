@@ -163,6 +163,14 @@ def test_embeddings_are_looked_up_as_integers(tmp_path: Path, bits: int, group: 
     assert not runs["DequantizeLinear"], "rows are dequantized, not the table"
 
 
+def test_a_large_vocabulary_has_its_zero_points_as_constants(tmp_path: Path) -> None:
+    """onnxscript folds no casts of as many values."""
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(30000, 8)), torch.randint(30000, (3, 7))
+    file = delivered(weights_alone(model, ids), tmp_path)
+    assert [list(t.dims) for t in constants(file, 30000 * 8).values()] == [[30000, 8]]
+
+
 @pytest.mark.parametrize("group", [None, 32])
 def test_a_tied_table_is_stored_once(tmp_path: Path, group: int | None) -> None:
     torch.manual_seed(0)

@@ -69,6 +69,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     except Exception as error:
         raise RefusedError(f"{network.name} cannot be written as ONNX: {_reason(error)}") from error
     model = program.model_proto
+    _cast_constants(model)
     _average_globally(model)
     _pad_apart(model)
     _drop_unused(model)
@@ -142,6 +143,19 @@ def _keep_small_terms(model: Any) -> None:
                 continue
             if 0 < abs(float(constant.numpy().reshape(()))) <= SMALL:
                 node.op_type = "Sum"
+
+
+def _cast_constants(model: onnx.ModelProto) -> None:
+    """Constants that are cast to small integers become such: the optimizer leaves large ones, as zero points of a vocabulary's rows."""
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Cast"]:
+        kind = next(a.i for a in node.attribute if a.name == "to")
+        if node.input[0] in constants and kind in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8):
+            value = numpy_helper.to_array(constants[node.input[0]])
+            value = value.astype(helper.tensor_dtype_to_np_dtype(kind))
+            graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+            graph.node.remove(node)
 
 
 def _pad_apart(model: onnx.ModelProto) -> None:

@@ -140,7 +140,7 @@ def _split(folded: Network, method: Quantization, batches: Sequence[dict[str, Te
         activations=method.activations,
         per_token=method.per_token,
         symmetric_activations=method.symmetric_activations,
-        ranges=method.ranges,
+        ranges=method.ranges if method.ranges != "importance" else "mse",
         weight_ranges=rule if rule in ("minmax", "percentile") else "mse",
         per_tensor=method.per_tensor,
         exclude=tuple(n for n, _ in folded.module.named_parameters() if not method.bits_of(n)),
