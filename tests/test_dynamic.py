@@ -1,5 +1,6 @@
 """Activations rounded in the range of each run: the formula, the files, two runtimes, and what cannot be."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from tinier.edits.base import Plan
 from tinier.edits.quantize import QuantizeDynamically
 from tinier.errors import InputError, RefusedError
 from tinier.graph.dynamic import round_dynamically, round_tokens
+from tinier.measure.parity import parity
 from tinier.methods.quantization import Quantization
-from tinier.targets.base import targets_for
+from tinier.network import Network
+from tinier.targets.base import Session, targets_for
 
 
 def of_onnx(x: np.ndarray) -> np.ndarray:
@@ -160,6 +163,29 @@ def test_several_readers_share_the_rounded_rows(tmp_path: Path) -> None:
     tinier.deliver(found, tmp_path / "out")
     operators = [n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
     assert operators.count("QuantizeLinear") == 1 and operators.count("MatMulInteger") == 2
+
+
+class Unrounded(Session):
+    """Integer weights alone: what the same network computes without rounding its activations."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        outputs = self.network({name: torch.from_numpy(x) for name, x in inputs.items()})
+        return [output.numpy() for output in outputs]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic_per_token"])
+def test_the_gate_knows_what_rounding_changes(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5)), torch.randn(16, 32)
+    rounded = tinier.quantize(model, (x[:2],), activations=kind).network
+    alone = tinier.quantize(model, (x[:2],), activations=None).network
+    (name,) = rounded.example
+    found = parity(rounded, Unrounded(alone), [{name: x}])
+    assert found.passed, found.reason
+    assert found.rows[0].difference > 0 and found.rows[0].noise == pytest.approx(1, rel=1e-4)
 
 
 def test_without_a_linear_layer_it_is_refused() -> None:

@@ -284,7 +284,7 @@ def _stored(node: Any) -> bool:
     """Whether a value comes from integers."""
     while isinstance(node, fx.Node) and _operator(node) in ("t", "transpose", "permute"):
         node = node.args[0]
-    return isinstance(node, fx.Node) and _operator(node).startswith(("dequantize", "round_dynam"))
+    return isinstance(node, fx.Node) and _operator(node).startswith(("dequantize", "round_"))
 
 
 def _rounded_rows(x: Tensor) -> Tensor:
