@@ -163,6 +163,36 @@ def test_embeddings_are_looked_up_as_integers(tmp_path: Path, bits: int, group: 
     assert not runs["DequantizeLinear"], "rows are dequantized, not the table"
 
 
+class Step(nn.Module):
+    """One step of a recurrent cell, from its input and both states."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell = cell(24, 40)
+
+    def forward(self, x: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.cell, nn.LSTMCell):
+            return tuple(self.cell(x, (hidden, memory)))
+        return (self.cell(x, hidden) + memory,)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("activations", [None, 8])
+def test_cells_are_stored_as_integers(tmp_path: Path, cell: Any, activations: int | None) -> None:
+    torch.manual_seed(0)
+    x = {"x": torch.randn(32, 24), "hidden": torch.randn(32, 40), "memory": torch.randn(32, 40)}
+    model, few = Step(cell).eval(), {name: value[:2] for name, value in x.items()}
+    data = {name: value.numpy() for name, value in x.items()}
+    smaller = tinier.quantize(model, few, data, activations=activations)
+    file = delivered(smaller, tmp_path, data)
+    kinds = {t.data_type for t in constants(file, 24 * 40).values()}
+    assert kinds == {onnx.TensorProto.INT8}
+    with torch.no_grad():
+        expected = model(**x)
+    for found, wanted in zip(smaller.network(x), expected, strict=True):
+        assert float((found - wanted).abs().max()) < 0.03
+
+
 def test_a_large_vocabulary_has_its_zero_points_as_constants(tmp_path: Path) -> None:
     """onnxscript folds no casts of as many values."""
     torch.manual_seed(0)

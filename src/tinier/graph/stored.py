@@ -9,7 +9,8 @@ from tinier.graph.fold import read
 from tinier.graph.layers import linear_layer
 from tinier.graph.rules import operator_name
 
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+LAYERS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+RECURRENT = (*LAYERS, *(f"{name}_cell" for name in LAYERS))
 
 
 @dataclass(frozen=True)

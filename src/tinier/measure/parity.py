@@ -257,18 +257,13 @@ class _Unrounded(fx.Interpreter):
     """
 
     def run_node(self, node: fx.Node) -> Any:
-        products = ("linear", "mm", "addmm", "matmul")
-        if node.op == "call_function" and _operator(node) in products:
-            position = 1 if _operator(node) == "addmm" else 0
-            source, weight = node.args[position], node.args[position + 1]
-            if _stored(weight) and not _stored(source) and isinstance(source, fx.Node):
-                kept = self.env[source]
-                self.env[source] = _rounded_rows(kept)
-                result = super().run_node(node)
-                if source in self.env:
-                    self.env[source] = kept
-                return result
-        return super().run_node(node)
+        sources = {s: self.env[s] for s in _multiplied(node)}
+        if not sources:
+            return super().run_node(node)
+        self.env |= {source: _rounded_rows(kept) for source, kept in sources.items()}
+        result = super().run_node(node)
+        self.env |= {source: kept for source, kept in sources.items() if source in self.env}
+        return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(target, "namespace", "") == "tinier":
@@ -278,6 +273,23 @@ class _Unrounded(fx.Interpreter):
             if quantizes or (isinstance(args[0], Tensor) and args[0].is_floating_point()):
                 return args[0]
         return super().call_function(target, args, kwargs)
+
+
+def _multiplied(node: fx.Node) -> list[fx.Node]:
+    """Floats that an operator multiplies with integer weights alone."""
+    if node.op != "call_function":
+        return []
+    name = _operator(node)
+    if name in ("linear", "mm", "addmm", "matmul"):
+        first = 1 if name == "addmm" else 0
+        pairs = [node.args[first : first + 2]]
+    elif name.endswith("_cell"):
+        state = node.args[1]
+        hidden = state[0] if isinstance(state, list | tuple) else state
+        pairs = [(node.args[0], node.args[2]), (hidden, node.args[3])]
+    else:
+        return []
+    return [x for x, w in pairs if isinstance(x, fx.Node) and _stored(w) and not _stored(x)]
 
 
 def _stored(node: Any) -> bool:

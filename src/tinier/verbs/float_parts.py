@@ -82,8 +82,7 @@ def _weights(node: fx.Node) -> list[str]:
     """Names of the parameters that an operator multiplies or looks up."""
     operator = operator_name(node)
     if operator in RECURRENT:
-        given = [one for one in node.args if isinstance(one, list | tuple)]
-        return [name for one in given for value in one if (name := parameter_of(value))]
+        return [name for value in node.all_input_nodes if (name := parameter_of(value))]
     if operator == "embedding":
         name = parameter_of(node.args[0])
         return [name] if name else []
