@@ -11,6 +11,7 @@ from tinier.cli.app import Json, Threads, app, guarded, print_json
 from tinier.errors import InputError
 from tinier.report import words
 from tinier.report.terminal import Bars
+from tinier.tensors.ranges import RULES
 from tinier.verbs import Smaller, deliver
 from tinier.verbs import quantize as run_quantize
 from tinier.verbs.delivery import Delivered, check_delivery
@@ -62,7 +63,7 @@ def quantize(
             help="Dynamic ranges of each row of the last axis, not of the whole tensor.",
         ),
     ] = False,
-    ranges: Annotated[str, typer.Option(help="Of activations, by name.")] = "mse",
+    ranges: Annotated[str, typer.Option(help=f"Of activations: {', '.join(RULES)}.")] = "mse",
     weight_ranges: Annotated[
         str | None, typer.Option(help="Of weights: minmax, percentile, mse or importance.")
     ] = None,

@@ -217,7 +217,7 @@ def _inputs(
             else:
                 raise ModelError(
                     f"{path}: input {back[plain]}: the file leaves dimension {number} ({size}) open; give its "
-                    f"size with example={{{plain!r}: tensor}}"
+                    f"size with example={{{plain!r}: tensor}}, or --data on the command line"
                 )
         if plain in given:
             open_sizes = {number for name, number in free if name == plain}
