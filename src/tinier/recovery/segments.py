@@ -20,7 +20,7 @@ class Segment:
 
     Attributes:
         nodes: the operators on data, in their order.
-        outputs: those that later operators or the network's user read.
+        outputs: the tensors that later operators or the network's user read.
         weights: the calls of quantizers of weights that they read.
     """
 
@@ -136,6 +136,7 @@ class Cuts:
         nodes = [node for node in nodes if node.op != "placeholder"]
         inside = set(nodes)
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+        outputs = [n for n in outputs if isinstance(n.meta.get("val"), Tensor)]  # sizes are none
         weights = [w for w in self._weights(nodes) if set(w.users) <= inside]
         return Segment(tuple(nodes), tuple(outputs), tuple(weights))
 
