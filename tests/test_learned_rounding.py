@@ -178,7 +178,7 @@ def test_few_examples_fit_and_bad_arguments() -> None:
     network, data = toy()
     plan = planned(network, data, bits=4)
     learned = learn_rounding(network, plan, data, steps=1, memory=1)
-    assert any("rounding was learned on 64 examples" in note for note in learned.notes)
+    assert any("rounding was learned on 8 examples" in note for note in learned.notes)
     with pytest.raises(InputError, match="drop=2"):
         learn_rounding(network, plan, data, drop=2)
     with pytest.raises(DataError, match="no examples"):

@@ -1,8 +1,7 @@
 """Rounding that is learned on data: each weight goes up or down so that a layer or block answers as in the float network."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,18 +14,16 @@ from tinier.graph.fold import fold
 from tinier.graph.states import evaluating
 from tinier.modules.fake_quantize import ActivationQuantizer, Step, WeightQuantizer
 from tinier.network import Network
+from tinier.recovery.reconstruction import Part, Training, error_of
 from tinier.recovery.segments import Cuts, Runner, Segment, bytes_of
 from tinier.recovery.segments import Values as Found
-from tinier.recovery.soft_weights import SoftRunner, SoftWeight
-from tinier.tensors.rounding import annealed_beta, rounding_penalty
+from tinier.recovery.soft_weights import SoftWeight
 
 STEPS = 400
-MEMORY = 2**30
+MEMORY = 2**31
 MOST_WEIGHTS = 3  # of layers that are learned together although there is a cut between them
 LARGEST_BLOCK = 8  # a stretch with more weights than this is learned layer by layer
-ROUNDING_RATE, STEP_RATE = 3e-2, 1e-3  # Adam's, for V and for the logarithms of steps
-PENALTY = 3.0  # λ
-CHUNK = 64
+LEAST, CHUNK = 8, 64  # examples that run through a network at once
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,13 @@ class Learned:
         plan: as before, with ``integers`` for weights and, where they learned, other scales of activations.
         notes: what there is to say of single layers.
         errors: stretch (its weights) → ‖y − ŷ‖² / ‖y‖² on the data, before and after.
+        cached: the most bytes of inputs and outputs that were kept at once.
     """
 
     plan: Plan
     notes: tuple[str, ...]
     errors: Mapping[str, tuple[float, float]]
+    cached: int
 
 
 def learn_rounding(
@@ -74,7 +73,8 @@ def learn_rounding(
         batch: examples in a step.
         drop: in [0, 1].
         saturation_free: integers whose pairs would saturate 16-bit sums are moved towards 0.
-        memory: bytes of inputs and outputs that are kept at once; fewer examples are used where more do not fit.
+        memory: bytes of inputs and outputs that are kept at once, whatever the depth: those of both networks at one cut, and those of one
+            stretch. Fewer examples are used where more do not fit, 8 at the least. As much again may be used inside of a stretch.
         seed: of the examples in each step and of what is dropped.
 
     Returns:
@@ -86,8 +86,9 @@ def learn_rounding(
         DataError: there are no examples.
 
     Cost:
-        For each layer or block ``steps`` forward and backward passes of ``batch`` examples; runs of both networks over the data, as many as
-        there are layers between two cuts.
+        For each layer or block ``steps`` forward and backward passes of ``batch`` examples, over one after the other where their values
+        would take more than ``memory``; runs of both networks over the data, as many as there are layers between two cuts. Peak memory is
+        about twice ``memory``.
 
     Source:
         Nagel et al. 2020, "Up or down? Adaptive rounding for post-training quantization"; Li et al. 2021, "BRECQ"; Wei et al. 2022,
@@ -95,7 +96,8 @@ def learn_rounding(
 
     Differs:
         Errors are relative and the penalty is a mean, so that one λ does for all layers; blocks are found in the graph, and are
-        weighted by their outputs, not by the Fisher information; dropped are values of the quantized network, not of the float one.
+        weighted by their outputs, not by the Fisher information; dropped are values of the quantized network, not of the float one, by
+        random numbers that are drawn once for a stretch and read from another place in each step.
     """
     if steps < 1 or batch < 1 or not 0 <= drop <= 1:
         raise InputError(
@@ -109,47 +111,46 @@ def learn_rounding(
         torch.manual_seed(seed)
         for parameter in student.module.parameters():
             parameter.requires_grad_(False)
-        learner = _Learner(
-            student, teacher, network.traced.batched, steps, batch, drop, saturation_free
-        )
-        learner.run(_chunks(network, batches, seed), blocks, memory)
-    return Learned(_plan(plan, student.module, learner), tuple(learner.notes), learner.errors)
+        training = Training(steps, batch, drop, memory, network.traced.batched)
+        learner = _Learner(student, teacher, training, saturation_free)
+        learner.run(_Examples(network, batches, seed), blocks, memory)
+    learned = _plan(plan, student.module, learner)
+    return Learned(learned, tuple(learner.notes), learner.errors, learner.cached)
 
 
 class _Learner:
     def __init__(
-        self,
-        student: Network,
-        teacher: fx.GraphModule,
-        free: bool,
-        steps: int,
-        batch: int,
-        drop: float,
-        saturation_free: bool,
+        self, student: Network, teacher: fx.GraphModule, training: Training, saturation_free: bool
     ) -> None:
         assert isinstance(student.module, fx.GraphModule)
-        self.module, self.teacher = student.module, teacher
-        self.steps, self.batch, self.drop = steps, batch, drop
+        self.module, self.training = student.module, training
         calls = self.module.graph.find_nodes(op="call_module")
         self.quantizers = {node: self.module.get_submodule(str(node.target)) for node in calls}
         weights = [n for n, q in self.quantizers.items() if isinstance(q, WeightQuantizer)]
         self.cuts = Cuts(self.module, weights)
         self.ours, self.theirs = Runner(self.module), Runner(teacher)
         self.twins = {node.name: node for node in teacher.graph.nodes}
-        self.free, self.saturation_free = free, saturation_free
+        self.saturation_free = saturation_free
         self.notes: list[str] = []
         self.errors: dict[str, tuple[float, float]] = {}
-        self.sizes: list[int] = []  # of the chunks
         self.chosen: dict[str, Tensor] = {}  # parameter → (m, n) integers
+        self.sizes: list[int] = []  # of the chunks
+        self.pairs: list[tuple[Found, Found]] = []  # at the cut, chunk by chunk, in both networks
+        self.cached = 0  # the most bytes
 
-    def run(self, chunks: list[dict[str, Tensor]], blocks: bool, memory: int) -> None:
+    def run(self, examples: "_Examples", blocks: bool, memory: int) -> None:
         """Learn one stretch after the other, and carry the data through both networks."""
         segments = self.cuts.segments(MOST_WEIGHTS)
         width = max(bytes_of(segment.outputs) for segment in segments)
-        chunks = self._fitting(chunks, 2 * width, memory)
+        # Runs of both networks go through one after the other, each with all that it computes.
+        peak = max(self.cuts.peak(segment) for segment in segments)
+        chunks = examples.chunks(min(max(memory // max(4 * peak, 1), LEAST), CHUNK))
+        if self.cuts.channels_last:
+            chunks = [{name: _channels_last(x) for name, x in chunk.items()} for chunk in chunks]
+        chunks = self._fitting(chunks, 2 * width, memory // 2)
         self.sizes = [len(next(iter(chunk.values()))) for chunk in chunks]
         inputs = [n for n in self.module.graph.nodes if n.op == "placeholder"]
-        pairs: list[tuple[Found, Found]] = [
+        self.pairs = [
             (
                 {node: chunk[str(node.target)] for node in inputs},
                 {self.twins[node.name]: chunk[str(node.target)] for node in inputs},
@@ -160,17 +161,23 @@ class _Learner:
             whole = blocks and len(segment.weights) <= LARGEST_BLOCK
             for unit in [segment] if whole else self.cuts.layers(segment):
                 if any(self._can(call) for call in unit.weights):
-                    self._learn(unit, self._gathered(unit, segment, pairs, memory))
-            end = self.cuts.order[segment.nodes[-1]]
-            with torch.no_grad():
-                for number, (ours, theirs) in enumerate(pairs):
-                    ours = self.ours.run_stretch(segment.nodes, ours)
-                    theirs = self.theirs.run_stretch(self._twins(segment.nodes), theirs)
-                    kept = [
-                        n for n in ours if self.cuts.last.get(n, -1) > end and n in self.cuts.order
-                    ]
-                    alike = [self.twins[n.name] for n in kept if n.name in self.twins]
-                    pairs[number] = {n: ours[n] for n in kept}, {n: theirs[n] for n in alike}
+                    self._learn(unit, self._gathered(unit, segment, memory // 2))
+            self._advance(segment)
+
+    def _advance(self, segment: Segment) -> None:
+        """Carry the examples to the next cut; of what lies before it only what is read later stays."""
+        end = self.cuts.order[segment.nodes[-1]]
+        with torch.no_grad():
+            for number, (ours, theirs) in enumerate(self.pairs):
+                kept = [
+                    n
+                    for n in dict.fromkeys((*ours, *segment.nodes))
+                    if self.cuts.last.get(n, -1) > end and n in self.cuts.order
+                ]
+                alike = [self.twins[n.name] for n in kept if n.name in self.twins]
+                ours = self.ours.run_stretch(segment.nodes, ours, kept)
+                theirs = self.theirs.run_stretch(self._twins(segment.nodes), theirs, alike)
+                self.pairs[number] = {n: ours[n] for n in kept}, {n: theirs[n] for n in alike}
 
     def _fitting(
         self, chunks: list[dict[str, Tensor]], width: int, memory: int
@@ -193,9 +200,7 @@ class _Learner:
         """The value of the float network, before it is rounded."""
         return self.twins[node.name if node.op != "call_module" else node.all_input_nodes[0].name]
 
-    def _gathered(
-        self, unit: Segment, segment: Segment, pairs: list[tuple[Found, Found]], memory: int
-    ) -> list[tuple[Found, list[Tensor]]]:
+    def _gathered(self, unit: Segment, segment: Segment, memory: int) -> list[Part]:
         """Chunk by chunk, what a stretch reads in the quantized network and should give."""
         reads = self.cuts.reads(unit.nodes)
         nodes = [n for n in segment.nodes if n not in unit.nodes]
@@ -203,18 +208,22 @@ class _Learner:
         nodes = [n for n in nodes if self.cuts.order[n] < max(first, *self._ends(unit))]
         last = max(self.cuts.order[node] for node in unit.outputs)
         theirs = [n for n in segment.nodes if self.cuts.order[n] <= last]
-        size = bytes_of(reads) + bytes_of(unit.outputs)
-        result: list[tuple[Found, list[Tensor]]] = []
+        targets = [self._twin(node) for node in unit.outputs]
+        # What lies at the cut is there already.
+        made = [node for node in reads if not self.pairs or node not in self.pairs[0][0]]
+        size = bytes_of(made) + bytes_of(unit.outputs)
+        result: list[Part] = []
         used = 0
         with torch.no_grad():
-            for (ours, others), count in zip(pairs, self.sizes, strict=True):
+            for (ours, others), count in zip(self.pairs, self.sizes, strict=True):
                 used += count * size
                 if result and used > memory:
                     break
-                found = self.ours.run_stretch(nodes, ours)
-                wanted = self.theirs.run_stretch(self._twins(theirs), others)
-                targets = [wanted[self._twin(node)] for node in unit.outputs]
-                result.append(({node: found[node] for node in reads}, targets))
+                found = self.ours.run_stretch(nodes, ours, reads)
+                wanted = self.theirs.run_stretch(self._twins(theirs), others, targets)
+                part = Part({node: found[node] for node in reads}, [wanted[n] for n in targets])
+                result.append(part)
+        self.cached = max(self.cached, _bytes(self.pairs, result))
         return result
 
     def _ends(self, unit: Segment) -> list[int]:
@@ -224,7 +233,7 @@ class _Learner:
     def _can(self, call: fx.Node) -> bool:
         return all("embedding" not in str(user.target) for user in call.users)
 
-    def _learn(self, unit: Segment, data: list[tuple[Found, list[Tensor]]]) -> None:
+    def _learn(self, unit: Segment, data: list[Part]) -> None:
         weights = [
             SoftWeight.of(self.module, call, self.quantizers[call], self.saturation_free)
             for call in unit.weights
@@ -232,15 +241,15 @@ class _Learner:
         ]
         steps = self._steps(unit)
         start = [step.theta.clone() for step in steps]
-        before = self._error(unit, data)
+        before = error_of(self.ours, unit, data)
         name = " + ".join(weight.name for weight in weights)
         if before == 0 or not before < torch.inf:
             self.errors[name] = (before, before)
             return
-        self._train(unit, data, weights, steps, before)
+        self.training.train(self.module, unit, data, weights, steps, before)
         for weight in weights:
             weight.take()
-        after = self._error(unit, data)
+        after = error_of(self.ours, unit, data)
         if after >= before:
             for weight in weights:
                 weight.give_back()
@@ -252,62 +261,6 @@ class _Learner:
             self.chosen |= {weight.name: weight.integers() for weight in weights}
         self.errors[name] = (before, after)
 
-    def _train(
-        self,
-        unit: Segment,
-        data: list[tuple[Found, list[Tensor]]],
-        weights: list[SoftWeight],
-        steps: list[Step],
-        scale: float,
-    ) -> None:
-        thetas = [step.theta.requires_grad_() for step in steps]
-        groups = [
-            {"params": [weight.v for weight in weights], "lr": ROUNDING_RATE},
-            {"params": thetas, "lr": STEP_RATE},
-        ]
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-        count = sum(weight.v.numel() for weight in weights)
-        energy = _energy(data)
-        soft: dict[fx.Node, Callable[[Tensor], Tensor]] = {w.call: w.soft for w in weights}
-        soft |= {
-            node: self._dropped(own)
-            for node in unit.nodes
-            if isinstance(own := self.quantizers.get(node), ActivationQuantizer)
-        }
-        runner = SoftRunner(self.module, soft)
-        for number in range(self.steps):
-            inputs, targets = self._some(data)
-            values = runner.run_stretch(unit.nodes, inputs)
-            loss = _distance([values[node] for node in unit.outputs], targets, energy) / scale
-            beta = annealed_beta(number, self.steps)
-            if beta is not None:
-                penalty = torch.stack([rounding_penalty(weight.v, beta) for weight in weights])
-                loss = loss + PENALTY * penalty.sum() / count
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        for theta in thetas:
-            theta.requires_grad_(False)
-
-    def _some(self, data: list[tuple[Found, list[Tensor]]]) -> tuple[Found, list[Tensor]]:
-        """A few examples of a chunk; all where a value has them along another dimension."""
-        inputs, targets = data[int(torch.randint(len(data), ()))]
-        tensors = [value for value in (*inputs.values(), *targets) if isinstance(value, Tensor)]
-        sizes = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
-        fixed = len(sizes) != 1 or len(tensors) != len(inputs) + len(targets) or not self.free
-        size = min(sizes)
-        if fixed or size <= self.batch:
-            return inputs, targets
-        index = torch.randperm(size)[: self.batch]
-        return {n: value[index] for n, value in inputs.items()}, [t[index] for t in targets]
-
-    def _dropped(self, own: ActivationQuantizer) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            rounded = own(x)
-            return torch.where(torch.rand_like(x) < self.drop, x, rounded) if self.drop else rounded
-
-        return forward
-
     def _steps(self, unit: Segment) -> list[Step]:
         """The steps that only activations inside of a stretch have."""
         inside = set(unit.nodes)
@@ -317,54 +270,42 @@ class _Learner:
                 users.setdefault(own.step, set()).add(node)
         return [step for step, nodes in users.items() if nodes <= inside]
 
-    def _error(self, unit: Segment, data: list[tuple[Found, list[Tensor]]]) -> float:
-        energy = _energy(data)
-        total = 0.0
-        with torch.no_grad():
-            for inputs, targets in data:
-                values = self.ours.run_stretch(unit.nodes, inputs)
-                found = [values[node] for node in unit.outputs]
-                total += float(_distance(found, targets, energy))
-        return total / len(data)
+
+class _Examples:
+    """The examples in another order; as they are where the batch size is fixed."""
+
+    def __init__(
+        self, network: Network, batches: Iterable[Mapping[str, Tensor]], seed: int
+    ) -> None:
+        self.given = [dict(batch) for batch in batches]
+        if not self.given:
+            raise DataError(
+                f"{network.name}: no examples to learn rounding from; a few hundred are needed"
+            )
+        first = self.given[0]
+        alike = all(b[name].shape[1:] == first[name].shape[1:] for b in self.given for name in b)
+        self.free, self.seed = network.traced.batched and alike, seed
+
+    def chunks(self, size: int) -> list[dict[str, Tensor]]:
+        """Of at most so many examples each, where they are free."""
+        if not self.free:
+            return self.given
+        whole = {name: torch.cat([batch[name] for batch in self.given]) for name in self.given[0]}
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(next(iter(whole.values()))), generator=generator)
+        return [{n: value[index] for n, value in whole.items()} for index in order.split(size)]
 
 
-def _energy(data: list[tuple[Found, list[Tensor]]]) -> list[float]:
-    """Mean square of each output over the data."""
-    sums = [
-        (float(torch.stack([t.double().square().mean() for t in parts]).mean()))
-        for parts in zip(*(targets for _, targets in data), strict=True)
-    ]
-    return [max(value, 1e-30) for value in sums]
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
-def _distance(found: list[Any], targets: list[Tensor], energy: list[float]) -> Tensor:
-    """Mean squared error of each output, relative to its mean square; their mean."""
-    parts = [
-        (ours - theirs).square().mean() / size
-        for ours, theirs, size in zip(found, targets, energy, strict=True)
-        if ours.is_floating_point()
-    ]
-    return torch.stack(parts).mean() if parts else torch.zeros(())
-
-
-def _chunks(
-    network: Network, batches: Iterable[Mapping[str, Tensor]], seed: int
-) -> list[dict[str, Tensor]]:
-    """The examples in another order, in chunks; as they are where the batch size is fixed."""
-    given = [dict(batch) for batch in batches]
-    if not given:
-        raise DataError(
-            f"{network.name}: no examples to learn rounding from; a few hundred are needed"
-        )
-    alike = all(
-        batch[name].shape[1:] == given[0][name].shape[1:] for batch in given for name in batch
-    )
-    if not network.traced.batched or not alike:
-        return given
-    whole = {name: torch.cat([batch[name] for batch in given]) for name in given[0]}
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(next(iter(whole.values()))), generator=generator)
-    return [{n: value[index] for n, value in whole.items()} for index in order.split(CHUNK)]
+def _bytes(pairs: list[tuple[Found, Found]], parts: list[Part]) -> int:
+    """Of all tensors, each counted once."""
+    values = [value for pair in pairs for side in pair for value in side.values()]
+    values += [value for part in parts for value in (*part.inputs.values(), *part.targets)]
+    found = {id(v): v.numel() * v.element_size() for v in values if isinstance(v, Tensor)}
+    return sum(found.values())
 
 
 def _plan(plan: Plan, module: nn.Module, learner: _Learner) -> Plan:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from tinier.graph.placement import ROLES, Kind
@@ -19,7 +20,7 @@ class Segment:
 
     Attributes:
         nodes: the operators on data, in their order.
-        outputs: those that later operators or the network's user read.
+        outputs: the tensors that later operators or the network's user read.
         weights: the calls of quantizers of weights that they read.
     """
 
@@ -106,6 +107,25 @@ class Cuts:
         found = [s for node in nodes for s in node.all_input_nodes if s in self.order]
         return [s for s in dict.fromkeys(found) if s not in inside]
 
+    def peak(self, segment: Segment) -> int:
+        """Bytes of one example of all values that there are at once while a segment runs, by the shapes in the graph."""
+        live: set[fx.Node] = set(self.reads(segment.nodes))
+        most = 0
+        for node in segment.nodes:
+            live.add(node)
+            most = max(most, bytes_of(live))
+            live = {value for value in live if self.last.get(value, -1) > self.order[node]}
+        return most
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether images are best kept with their channels together: there are convolutions, and nothing that counts in memory's order."""
+        targets = {node.target for node in self.data}
+        return (
+            torch.ops.aten.conv2d.default in targets
+            and torch.ops.aten.as_strided.default not in targets
+        )
+
     def _read(self, node: fx.Node) -> list[fx.Node]:
         return [source for source in node.all_input_nodes if source in self.weights]
 
@@ -116,6 +136,7 @@ class Cuts:
         nodes = [node for node in nodes if node.op != "placeholder"]
         inside = set(nodes)
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+        outputs = [n for n in outputs if isinstance(n.meta.get("val"), Tensor)]  # sizes are none
         weights = [w for w in self._weights(nodes) if set(w.users) <= inside]
         return Segment(tuple(nodes), tuple(outputs), tuple(weights))
 
@@ -131,17 +152,39 @@ class Runner(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
 
-    def run_stretch(self, nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any]) -> Values:
+    def run_stretch(
+        self,
+        nodes: Iterable[fx.Node],
+        values: Mapping[fx.Node, Any],
+        keep: Iterable[fx.Node] | None = None,
+    ) -> Values:
         """The values of operators, by node.
 
         Args:
             nodes: in the order of the graph.
             values: of what they read and do not make.
+            keep: the values that are wanted; the others are let go when they were read last. None for all.
         """
+        nodes = list(nodes)
+        wanted = set(values if keep is None else keep)
+        last = {
+            source: n for n, node in enumerate(nodes) for source in (node, *node.all_input_nodes)
+        }
         self.env = dict(values)
-        for node in nodes:
+        for number, node in enumerate(nodes):
             self._with_constants(node)
-        return self.env
+            if keep is not None:
+                for source in (node, *node.all_input_nodes):
+                    if last[source] == number and source not in wanted:
+                        self.env.pop(source, None)
+        result, self.env = self.env, {}
+        return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value of an operator. Images whose channels lie together cannot always be viewed in another shape."""
+        if target is torch.ops.aten.view.default:
+            target = torch.ops.aten.reshape.default
+        return super().call_function(target, args, kwargs)
 
     def _with_constants(self, node: fx.Node) -> None:
         if node in self.env:
