@@ -39,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 FILE = RESULTS / "quantization.json"
 THREADS = 1  # of a timed artifact
 EVALUATE = 1800.0  # seconds
+UNCHANGED = 1e-7  # a distance that float arithmetic alone makes
 
 # tinier's variants: the runtime that the file is exported for, and the keywords of tinier.quantize.
 SMOOTH = ("smooth_quant", "bias_correction")
@@ -248,11 +249,13 @@ def ratios(table: list[Row]) -> dict[str, Any]:
     for name in WHERE:
         lines = [line for line in table if line["task"] == name and "distance" in line]
         mine = [line["distance"] for line in lines if line["contestant"] == TITLES["tinier"]]
-        peers = [line for line in lines if line["contestant"] != TITLES["tinier"]]
+        others = [line for line in lines if line["contestant"] != TITLES["tinier"]]
+        # Who found nothing to quantize gives the float network back.
+        peers = [line for line in others if line["distance"] > UNCHANGED]
         if mine and peers:
             nearest = min(peers, key=lambda line: line["distance"])
-            theirs = max(nearest["distance"], 1e-12)
-            found[name] = {"nearest": nearest["contestant"], "ratio": mine[0] / theirs}
+            ratio = mine[0] / nearest["distance"]
+            found[name] = {"nearest": nearest["contestant"], "ratio": ratio}
     if found:
         found["geometric mean"] = geometric_mean([one["ratio"] for one in found.values()])
     return found
