@@ -8,6 +8,7 @@ from tinier.report.page import page
 from tinier.report.words import escaped
 from tinier.version import VERSION
 
+SHOWN = 5  # names of operators of one kind that stayed float; quantization.json has all
 MOST = 40  # layers with a row of their own
 # Cause → how the page calls it, and its class, which has the colour.
 CAUSES = {
@@ -216,18 +217,27 @@ def _bits(facts: Facts) -> str:
 
 def _kept(facts: Facts) -> str:
     """The notes, and what stayed float by the reasons for it."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for node, operator, reason in facts["float"]:
         short = operator.removeprefix("aten.").partition(".")[0]
-        reasons.setdefault(reason, []).append(f"{node} ({short})")
+        reasons.setdefault(reason, {}).setdefault(short, []).append(node)
     items = [f"<li>{escaped(note)}</li>" for note in facts["notes"]]
     items += [
-        f"<li>Float: {escaped(reason)} – {', '.join(_breakable(name) for name in names)}</li>"
-        for reason, names in reasons.items()
+        f"<li>Float: {escaped(reason)} – {'; '.join(_named(*one) for one in operators.items())}</li>"
+        for reason, operators in reasons.items()
     ]
     if not items:
         return ""
     return f'<section><h2>Notes</h2><ul class="notes">{"".join(items)}</ul></section>'
+
+
+def _named(operator: str, nodes: list[str]) -> str:
+    """ "div 18 times: div, div_1, div_2 …"."""
+    shown = ", ".join(_breakable(name) for name in nodes[:SHOWN])
+    if len(nodes) == 1:
+        return shown if nodes[0] == operator else f"{shown} ({escaped(operator)})"
+    more = " …" if len(nodes) > SHOWN else ""
+    return f"{escaped(operator)} {len(nodes)} times: {shown}{more}"
 
 
 def _by_bits(of: Mapping[str, int]) -> dict[int, list[str]]:
