@@ -20,7 +20,6 @@ from tinier.measure.memory import peak_memory
 from tinier.measure.parity import Parity, parity
 from tinier.network import Network
 from tinier.targets.base import Session, targets_for
-from tinier.verbs.gate import examples
 
 pairs = torch.ops.quantized_decomposed
 X = {"x": np.zeros((1, 3), np.float32)}
@@ -270,33 +269,6 @@ def test_wrong_kernels_are_caught(name: str, integer: Network) -> None:
     assert "batch" in found.reason
     with pytest.raises(ParityError, match="it computes something else"):
         found.demand("it")
-
-
-def test_batches_of_one_size_are_judged_together(integer: Network) -> None:
-    singles = [{"x": x[None]} for x in pixels(16)["x"]]
-    off = iter([0.9] + [0.0] * 15)
-
-    def one_step(out: list[np.ndarray]) -> list[np.ndarray]:
-        return [out[0], out[1] + np.float32(0.25) * (next(off) > 0.5)]
-
-    found = parity(integer, Altered(integer, one_step), singles)
-    assert len(found.rows) == 2 and {row.batch for row in found.rows} == {1}
-    assert found.passed, found.reason  # one example in sixteen is a step off, as a tie may be
-    assert found.rows[1].steps == pytest.approx(1.0, rel=1e-3)
-    assert found.rows[1].noise is not None and found.rows[1].noise < 2
-
-    def at_one(out: list[np.ndarray]) -> list[np.ndarray]:
-        return [out[0] * (1.2 if len(out[0]) == 1 else 1), out[1]]
-
-    wrong = parity(integer, Altered(integer, at_one), [*singles, pixels(16)])
-    assert "batch 1" in wrong.reason and wrong.rows[-1].passed
-
-
-def test_copies_of_too_few_examples_differ(integer: Network) -> None:
-    batches = examples(integer, pixels(3))
-    assert [len(batch["x"]) for batch in batches] == [*[1] * 8, 16]
-    assert torch.equal(batches[1]["x"], pixels(3)["x"][1:2])
-    assert len({tuple(x.flatten().tolist()) for x in batches[-1]["x"]}) == 16
 
 
 def saturating(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -97,10 +97,10 @@ def parity(network: Network, session: Session, batches: Sequence[dict[str, Tenso
     Args:
         network: what the artifact was made from.
         session: the artifact, opened.
-        batches: input name → tensor. Batches of one size are judged together: of a single example errors are larger or smaller by chance.
+        batches: input name → tensor.
 
     Returns:
-        The figures, one row for each size and output; sizes that the network cannot take are rows marked as skipped.
+        The figures; sizes that the network cannot take are rows marked as skipped.
 
     Cost:
         Two runs of the network in torch and one of the artifact for each batch.
@@ -124,21 +124,15 @@ def parity(network: Network, session: Session, batches: Sequence[dict[str, Tenso
             )
             for i, step in enumerate(_steps(network))
         ]
-    pairs: dict[int, list[tuple[list[np.ndarray], list[np.ndarray]]]] = {}
     for batch, reference in zip(runnable, references, strict=True):
-        run = session.run({name: tensor.numpy() for name, tensor in batch.items()})
-        actual = [np.asarray(value) for value in run]
-        pairs.setdefault(_size(batch), []).append((reference, actual))
-    for size, found in pairs.items():
-        count = next((len(a) for r, a in found if len(a) != len(r)), None)
-        if count is not None:
-            reason = f"it has {count} outputs, the network {len(names)}"
-            rows.append(ParityRow(size, "", passed=False, reason=reason))
+        actual = session.run({name: tensor.numpy() for name, tensor in batch.items()})
+        if len(actual) != len(reference):
+            reason = f"it has {len(actual)} outputs, the network {len(reference)}"
+            rows.append(ParityRow(_size(batch), "", passed=False, reason=reason))
             continue
         for i, name in enumerate(names):
-            wrong = next(((r[i], a[i]) for r, a in found if r[i].shape != a[i].shape), None)
-            expected, got = wrong or (_joined([pair[side][i] for pair in found]) for side in (0, 1))
-            rows.append(_Case(size, name, expected, ranges[i], rounding[i]).row(got))
+            case = _Case(_size(batch), name, reference[i], ranges[i], rounding[i])
+            rows.append(case.row(np.asarray(actual[i])))
     failed = [row for row in rows if not row.passed]
     if failed:
         first = failed[0]
@@ -339,13 +333,6 @@ def _fixed(network: Network, session: Session, batch: dict[str, Tensor]) -> str:
     fixed |= {port.shape[0] for port in session.inputs if port.shape and port.shape[0] is not None}
     other = sorted(k for k in fixed if k is not None and k != size)
     return f"skipped: batch is fixed at {other[0]}" if other else ""
-
-
-def _joined(values: list[np.ndarray]) -> np.ndarray:
-    if len(values) == 1:
-        return values[0]
-    same = values[0].ndim > 0 and len({value.shape[1:] for value in values}) == 1
-    return np.concatenate(values) if same else np.concatenate([value.ravel() for value in values])
 
 
 def _size(batch: dict[str, Tensor]) -> int:

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tinier.errors import InputError
@@ -13,9 +12,7 @@ from tinier.network import Network
 from tinier.targets.base import Artifact, Target, targets_for
 from tinier.verbs.storage import pack
 
-# Errors of a single example are larger or smaller by chance, so that there are several at batch 1.
-BATCHES = (*[1] * 8, 16)
-WEAKER = 0.95  # what floats of each copy of an example are multiplied with, so that they are rounded otherwise
+BATCHES = (1, 16)
 MOST_PACKED = (
     2**25
 )  # bytes of an artifact that is packed to know its size, at half a second for each MB
@@ -71,19 +68,16 @@ def lowered(
 
 
 def examples(network: Network, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Batches of 1 and 16 where the batch size is free, of real examples as far as there are some, then of weaker copies."""
+    """Batches of 1 and 16 where the batch size is free, of real examples as far as there are some."""
+    have = len(next(iter(batch.values())))
     if not network.traced.batched:
         return [dict(batch)]
-    have = len(next(iter(batch.values())))
-    copies = range(-(-max(BATCHES) // have))
-    many = {
-        name: torch.cat([value * WEAKER**k if value.is_floating_point() else value for k in copies])
-        for name, value in batch.items()
-    }
-    starts = [index % max(BATCHES) if size == 1 else 0 for index, size in enumerate(BATCHES)]
     return [
-        {name: value[start : start + size] for name, value in many.items()}
-        for start, size in zip(starts, BATCHES, strict=True)
+        {
+            name: value.repeat(-(-size // have), *[1] * (value.ndim - 1))[:size]
+            for name, value in batch.items()
+        }
+        for size in BATCHES
     ]
 
 
