@@ -1,5 +1,6 @@
 """Integer weights alone in ONNX files: the forms, what two runtimes compute with them, sizes, and which kernels ONNX Runtime takes."""
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,29 @@ def test_embeddings_are_looked_up_as_integers(tmp_path: Path, bits: int, group: 
     assert [list(t.dims) for t in table.values()] == [[200, 64 if bits == 8 else 32]]
     runs = at_run_time(file, tmp_path)
     assert not runs["DequantizeLinear"], "rows are dequantized, not the table"
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(8, 8, 3, padding=1), (16, 8, 9, 9)),
+        (nn.ConvTranspose2d(8, 8, 3, padding=1), (16, 8, 9, 9)),
+        (nn.Linear(9, 9), (16, 9)),
+        (nn.Linear(9, 9), (16, 8, 9)),
+    ],
+)
+def test_a_float_layer_between_integer_ones_stays_float(
+    tmp_path: Path, layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    """ONNX Runtime would round its weights by itself, with one scale for all channels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(copy.deepcopy(layer) for _ in range(3))).eval()
+    x = torch.randn(shape)
+    smaller = tinier.quantize(model, x[:2], x, exclude=["1"], corrections=())
+    file = onnx.load(tinier.export(smaller, tmp_path / "out").files[0])
+    run = at_run_time(file, tmp_path)
+    kept = sum(run[name] for name in ("Conv", "FusedConv", "ConvTranspose", "Gemm", "MatMul"))
+    assert kept == (3 if isinstance(layer, nn.ConvTranspose2d) else 1), run
 
 
 class Step(nn.Module):

@@ -14,6 +14,7 @@ from tinier.errors import ModelError, RefusedError
 from tinier.graph.states import quiet
 from tinier.network import Network
 from tinier.targets.onnx_dynamic import multiply_integers
+from tinier.targets.onnx_float import keep_float
 from tinier.targets.onnx_folded import fold_weights
 from tinier.targets.onnx_integers import compact
 from tinier.targets.onnx_nibbles import halve
@@ -80,6 +81,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     fold_weights(model)
     share_scales(model)
     halve(model)
+    keep_float(model)
     _strip(model)
     try:
         onnx.checker.check_model(model, full_check=True)
