@@ -7,7 +7,7 @@ from tinier.edits.assign import Fold
 from tinier.edits.base import Plan
 from tinier.edits.mask import unmask
 from tinier.errors import RefusedError
-from tinier.graph.fold import fold, parameter_of, read
+from tinier.graph.fold import fold, layer_before, parameter_of, read
 from tinier.graph.groups import named_tensors
 from tinier.graph.rules import operator_name
 from tinier.modules.masked import masks_of
@@ -47,7 +47,10 @@ def unfolded(network: Network, folded: Network) -> Network:
     with torch.no_grad():
         for norm in module.graph.nodes:
             if operator_name(norm) == "batch_norm" and norm.name not in nodes:
-                _unfold(norm, nodes[norm.args[0].name], own, values)
+                before = layer_before(norm, nodes)
+                if before is None:
+                    raise RefusedError(f"{network.name}: {norm.name} is folded into no layer")
+                _unfold(norm, before, nodes[before.name], own, values)
         for name, value in values.items():
             if name not in own or own[name].shape != value.shape:
                 raise RefusedError(f"{network.name} has no place for {name}")
@@ -62,11 +65,15 @@ def unfolded(network: Network, folded: Network) -> Network:
 
 
 def _unfold(
-    norm: fx.Node, layer: fx.Node, own: dict[str, Tensor], values: dict[str, Tensor]
+    norm: fx.Node,
+    before: fx.Node,
+    layer: fx.Node,
+    own: dict[str, Tensor],
+    values: dict[str, Tensor],
 ) -> None:
-    """Put a layer and the norm behind it right; their values are taken out of ``values``."""
-    before, eps = norm.args[0], norm.args[7]
-    assert isinstance(before, fx.Node) and isinstance(eps, float)
+    """Put a layer, as it was before and is folded, and the norm behind it right; their values are taken out of ``values``."""
+    eps = norm.args[7]
+    assert isinstance(eps, float)
     gamma, beta, mean, variance = (own.get(parameter_of(tensor) or "") for tensor in norm.args[1:5])
     weight_name, bias_name = (parameter_of(layer.args[place]) for place in (1, 2))
     weight = own.get(parameter_of(before.args[1]) or "")

@@ -1,6 +1,7 @@
 """A traced graph in canonical form for quantization: batch norms folded, no operators that do nothing, nothing in place."""
 
 import copy
+from collections.abc import Container
 
 import torch
 from torch import Tensor, fx, nn
@@ -230,3 +231,16 @@ def spatial(source: fx.Node, dims: object) -> bool:
     if rank < 4 or not isinstance(dims, list | tuple):
         return False
     return {int(dim) % rank for dim in dims} == set(range(2, rank))
+
+
+def layer_before(norm: fx.Node, kept: Container[str]) -> fx.Node | None:
+    """What makes the input of a norm that folding made part of it: what does nothing in evaluation, as dropout, may lie between.
+
+    Args:
+        norm: a node of the graph before folding.
+        kept: names of the nodes of the folded graph.
+    """
+    source = norm.args[0]
+    while isinstance(source, fx.Node) and source.name not in kept and source.args:
+        source = source.args[0]
+    return source if isinstance(source, fx.Node) and source.name in kept else None

@@ -10,7 +10,7 @@ from tinier.edits.assign import Assign
 from tinier.edits.base import Edit, Plan, Values
 from tinier.edits.pairs import as_matrix
 from tinier.edits.quantize import Quantize, QuantizeWeight
-from tinier.graph.fold import fold, parameter_of, read
+from tinier.graph.fold import fold, layer_before, parameter_of, read
 from tinier.graph.layers import Layer, linear_layer
 from tinier.graph.rules import operator_name
 from tinier.graph.walk import Walk, outputs_of
@@ -31,13 +31,11 @@ def normed(network: Network) -> tuple[str, ...]:
     module = network.traced.module
     folded = {node.name: node for node in fold(module).graph.nodes}
     layers = [
-        folded.get(node.args[0].name)
+        layer_before(node, folded)
         for node in module.graph.nodes
-        if operator_name(node) == "batch_norm"
-        and node.name not in folded
-        and isinstance(node.args[0], fx.Node)
+        if operator_name(node) == "batch_norm" and node.name not in folded
     ]
-    names = [None if node is None else parameter_of(node.args[1]) for node in layers]
+    names = [None if node is None else parameter_of(folded[node.name].args[1]) for node in layers]
     return tuple(name for name in names if name is not None)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from tinier.errors import InputError
-from tinier.graph.fold import fold, parameter_of, read
+from tinier.graph.fold import fold, layer_before, parameter_of, read
 from tinier.graph.rules import operator_name
 from tinier.methods.base import covers, must_exist
 from tinier.network import Network
@@ -67,11 +67,8 @@ def _merged(before: fx.GraphModule, after: fx.GraphModule, left: set[str]) -> di
         if norm.op != "call_function" or operator_name(norm) != "batch_norm":
             continue
         own = [name for name in map(parameter_of, norm.args[1:5]) if name and name not in left]
-        source = norm.args[0]
-        # What does nothing in evaluation, as dropout, may lie between; it is gone from the folded graph.
-        while isinstance(source, fx.Node) and source.name not in nodes and source.args:
-            source = source.args[0]
-        layer = nodes.get(source.name) if isinstance(source, fx.Node) else None
+        source = layer_before(norm, nodes)
+        layer = None if source is None else nodes[source.name]
         weight = parameter_of(layer.args[1]) if layer is not None and len(layer.args) > 1 else None
         result.update(dict.fromkeys(own, weight) if weight else {})
     return result

@@ -67,7 +67,8 @@ def collect(
     first: list[dict[str, Tensor]] = []
     for inputs, _ in chunks(network, batches, chunk_size(network, CHUNK)):
         if "importance" in needs and examples < MOST:
-            first.append({name: value[: MOST - examples] for name, value in inputs.items()})
+            left = MOST - examples if network.traced.batched else None  # fixed batches stay whole
+            first.append({name: value[:left] for name, value in inputs.items()})
         ordered = [inputs[name] for name in network.traced.inputs]
         with torch.no_grad():
             recorder.run(*ordered)

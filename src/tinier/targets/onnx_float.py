@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 
 OPERATORS = ("Conv", "ConvTranspose", "Gemm")
 LEAST = np.finfo(np.float32).min
+LOW, READ = "tinier.least", ".tinier.read"  # no name of a Python argument or module
 
 
 def keep_float(model: onnx.ModelProto) -> None:
@@ -33,8 +34,8 @@ def keep_float(model: onnx.ModelProto) -> None:
         if node.op_type in OPERATORS and node.input[1] in floats and node.input[0] in activations
     ]
     for index, node in reversed(found):
-        name = f"{node.output[0]}_read"
-        graph.node.insert(index, helper.make_node("Clip", [node.input[0], "least"], [name], name))
+        name = f"{node.output[0]}{READ}"
+        graph.node.insert(index, helper.make_node("Clip", [node.input[0], LOW], [name], name))
         node.input[0] = name
     if found:
-        graph.initializer.append(numpy_helper.from_array(np.array(LEAST), "least"))
+        graph.initializer.append(numpy_helper.from_array(np.array(LEAST), LOW))

@@ -102,8 +102,8 @@ class Histogram:
         """Say how much errors of values matter; values that were not added, too, say so for those in their bins.
 
         Args:
-            x: of any shape, finite.
-            importance: of its shape, 0 or more.
+            x: of any shape; with NaN or infinity in it nothing is said.
+            importance: of its shape, 0 or more; what is not finite says nothing.
 
         Cost:
             A few passes over the values.
@@ -114,9 +114,12 @@ class Histogram:
             return
         x = x.detach().float().flatten()
         low, high = (float(end) for end in torch.aminmax(x))
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            return
         self._widen(_exponent(low, high))
         index = (x * 2.0**-self.exponent).floor_().to(torch.int64).add_(BINS // 2)
-        counted = importance.detach().double().flatten() * (x != 0)
+        said = importance.detach().double().flatten()
+        counted = torch.where(said.isfinite() & (x != 0), said, 0.0)
         self.importance += torch.bincount(index, counted, minlength=BINS)
 
     def merged(self, other: "Histogram") -> "Histogram":

@@ -192,6 +192,11 @@ def load(
 
 
 def _fits(weights: Mapping[str, Tensor], network: Network) -> bool:
-    """Whether weights are those of a network, by their names, held at zero or not."""
-    plain = {plain_name(name) for name in network.module.state_dict() if "0.mask" not in name}
-    return {plain_name(name) for name in weights if "0.mask" not in name} <= plain
+    """Whether weights are those of a network, by their names, held at zero or not; of tied ones one is enough."""
+    state = network.module.state_dict()
+    own = {plain_name(name): tensor for name, tensor in state.items() if "0.mask" not in name}
+    given = {plain_name(name) for name in weights if "0.mask" not in name}
+    if not given <= own.keys():
+        return False
+    there = {own[name].data_ptr() for name in given}
+    return all(own[name].data_ptr() in there for name in own.keys() - given)
