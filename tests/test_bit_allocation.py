@@ -208,6 +208,7 @@ def test_what_does_not_go_together() -> None:
         ({"threads": 2}, "target"),
         ({"target": "onnxruntime", "activations": None}, "nothing to measure"),
         ({"max_size": "big"}, "max_size is 'big'"),
+        ({"max_size": "1KB", "layers": {"*": 4}}, "none are left to choose"),
     ):
         with pytest.raises(InputError, match=message):
             tinier.quantize(model, x[:2], x, **arguments)  # type: ignore[arg-type]

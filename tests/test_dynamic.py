@@ -86,6 +86,28 @@ def test_products_of_integers_on_both_runtimes(tmp_path: Path, rank: int) -> Non
     assert "DequantizeLinear" not in operators and "MatMul" not in operators
 
 
+class Square(nn.Module):
+    """Products with a parameter (inputs, outputs) as it is, of as many inputs as outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, self.weight)
+
+
+def test_a_square_weight_is_read_the_way_it_lies(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Square().eval(), torch.randn(6, 64)
+    smaller = tinier.quantize(model, x, activations="dynamic")
+    done = tinier.deliver(smaller, tmp_path / "out", target="cpu")
+    for name in ("onnxruntime", "openvino"):
+        assert all(row.passed and not row.skipped for row in done.parity[name].rows)
+    operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert "MatMulInteger" in operators and "MatMul" not in operators
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_one_product_has_the_same_integers(tmp_path: Path, name: str) -> None:
     """So that only the order of float operations is left: a thousandth of what rounding changes."""

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tinier
 from networks import build, inputs
 from tinier.errors import RefusedError
 from tinier.methods.quantization import Quantization
 from tinier.network import Network
 from tinier.statistics import collect
+from tinier.targets.base import targets_for
 from tinier.targets.onnx_file import write_onnx
 
 
@@ -178,6 +180,23 @@ HARD: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {
     "negative": (Negative(), {"x": torch.arange(12, dtype=torch.uint8).view(2, 6)}),
     "inverted": (Inverted(), {"mask": torch.tensor([[1, 0, 1], [0, 0, 1]])}),
 }
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("counted", [True, False])
+def test_windows_that_overhang(counted: bool, padding: int, tmp_path: Path) -> None:
+    """Integers of pooling with ``ceil_mode``, which runtimes divide otherwise than floats: the gate is in ``export``."""
+    torch.manual_seed(0)
+    pool = nn.AvgPool2d(3, 2, padding, ceil_mode=True, count_include_pad=counted)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(8, 4, 3), nn.Flatten()]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(16, 3, 8, 8)
+    for name in ("onnxruntime", "openvino"):
+        found = tinier.quantize(model, x[:2], x)
+        artifact = tinier.export(found, tmp_path / name, target=name)
+        (wanted,) = found.network({"input": x})
+        (target,) = targets_for(name)
+        (actual,) = target.open(artifact.files[0], 1).run({"input": x.numpy()})
+        assert np.mean(np.abs(actual - wanted.numpy()) > 1e-4 * np.ptp(actual)) < 0.01
 
 
 @pytest.mark.parametrize("name", HARD)

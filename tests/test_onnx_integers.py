@@ -225,6 +225,28 @@ def test_a_large_vocabulary_has_its_zero_points_as_constants(tmp_path: Path) -> 
     assert [list(t.dims) for t in constants(file, 30000 * 8).values()] == [[30000, 8]]
 
 
+def test_several_tables_beside_each_other(tmp_path: Path) -> None:
+    """Operators have names of their own, whatever the exporter called the lookups."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(40, 32) for _ in range(3))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found: Tensor = sum(table(ids) for table in self.tables)  # type: ignore[assignment]
+            return found
+
+    ids = torch.arange(12).reshape(2, 6)
+    found = tinier.quantize(Sum().eval(), ids, bits=4, activations=None)
+    artifact = tinier.export(found, tmp_path / "out", target="onnxruntime")
+    nodes = [node.name for node in onnx.load(artifact.files[0]).graph.node]
+    assert len(set(nodes)) == len(nodes)
+    session = onnxruntime.InferenceSession(artifact.files[0], providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {"ids": ids.numpy()})
+    assert np.abs(actual - found.model(ids).detach().numpy()).max() < 1e-6
+
+
 @pytest.mark.parametrize("group", [None, 32])
 def test_a_tied_table_is_stored_once(tmp_path: Path, group: int | None) -> None:
     torch.manual_seed(0)

@@ -48,7 +48,6 @@ def multiply_integers(model: onnx.ModelProto) -> None:
     for weight in list(found.weights()):
         if weight.scale.shape[1] != 1 or weight.zero_point.any():
             continue
-        transposed = len(weight.scale) != len(found.array(weight.node.input[0]))
         value = weight.node.output[0]
         ways = [(node, value, False) for node in found.readers.get(value, [])]
         for node, _, _ in list(ways):
@@ -59,7 +58,7 @@ def multiply_integers(model: onnx.ModelProto) -> None:
             rounded = _rounding(found, node) if node.op_type in PRODUCTS else None
             if rounded is None or node.input[1] != through:
                 continue
-            if not outputs_are_rows(node, flipped, transposed):
+            if not outputs_are_rows(node, flipped, weight.transposed):
                 continue
             if not names:
                 stem = weight.node.input[0].removesuffix("_integers")

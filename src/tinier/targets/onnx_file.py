@@ -18,12 +18,14 @@ from tinier.targets.onnx_float import keep_float
 from tinier.targets.onnx_folded import fold_weights
 from tinier.targets.onnx_integers import compact
 from tinier.targets.onnx_nibbles import halve
+from tinier.targets.onnx_opset import raise_opset
 from tinier.targets.onnx_scalar import share_scales
 from tinier.targets.onnx_translations import translations
 
 OPSET = 18
 PRODUCER = "tinier"
 SMALL = 1e-7
+_POOL: tuple[Any, ...] = (None, None, [], [0], False, True)  # defaults of pooling
 
 
 def write_onnx(network: Network, path: Path) -> None:
@@ -51,6 +53,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
         with quiet(), torch.no_grad():
             _negate(traced.exported)
             _average(traced.exported)
+            _overhang(traced.exported)
             program = torch.onnx.export(
                 traced.exported,
                 (),
@@ -82,6 +85,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     share_scales(model)
     halve(model)
     keep_float(model)
+    raise_opset(model)
     _strip(model)
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -118,6 +122,29 @@ def _average(program: torch.export.ExportedProgram) -> None:
             if list(node.args[1]) == [1] * rank:
                 node.target = aten.mean.dim
                 node.args = (node.args[0], list(range(-rank, 0)), True)
+
+
+def _overhang(program: torch.export.ExportedProgram) -> None:
+    """Average pooling whose last windows overhang counts what it has of the padded values, which are padded apart, in place.
+
+    With ``ceil_mode`` and ``count_include_pad`` runtimes divide by other numbers in integers than in float.
+    """
+    aten, graph = torch.ops.aten, program.graph
+    for rank, pool in enumerate((aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d), 1):
+        for node in graph.find_nodes(op="call_function", target=pool.default):
+            source, kernel, stride, padding, ceil, counted = (*node.args, *_POOL[len(node.args) :])[
+                :6
+            ]
+            if not (ceil and counted) or node.args[6:]:
+                continue
+            padding = [*padding] * (rank // len(padding))
+            if any(padding):
+                with graph.inserting_before(node):
+                    sides = [side for size in reversed(padding) for side in (size, size)]
+                    source = graph.call_function(aten.constant_pad_nd.default, (source, sides))
+                # The exporter finds the values' shapes again.
+                source.meta = {key: value for key, value in node.meta.items() if key != "val"}
+            node.args = (source, kernel, stride, [0] * rank, True, False)
 
 
 def _reason(error: BaseException) -> str:
@@ -161,9 +188,9 @@ def _cast_constants(model: onnx.ModelProto) -> None:
 
 
 def _pad_apart(model: onnx.ModelProto) -> None:
-    """A padding with zeros before a maximum says its axes: ONNX Runtime would else make it one of the pooling, which pads with −∞."""
+    """A padding with zeros before pooling says its axes: ONNX Runtime would else make it the pooling's, which pads otherwise."""
     graph = model.graph
-    pooled = {node.input[0] for node in graph.node if node.op_type == "MaxPool"}
+    pooled = {node.input[0] for node in graph.node if node.op_type in ("MaxPool", "AveragePool")}
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
     for node in graph.node:
         if node.op_type != "Pad" or node.output[0] not in pooled or len(node.input) > 3:

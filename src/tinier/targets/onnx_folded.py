@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tinier.targets.onnx_integers import OPSET, Wiring, drop_dead, fits_nibble, integer_tensor
+from tinier.targets.onnx_integers import Wiring, drop_dead, fits_nibble, integer_tensor
 
 # Operators that only move or pick values of a weight on its way to its reader.
 MOVES = ("Transpose", "Reshape", "Slice", "Concat", "Unsqueeze", "Squeeze", "Identity")
@@ -37,9 +37,6 @@ def fold_weights(model: onnx.ModelProto) -> None:
             changed = True
     if changed:
         drop_dead(model)
-        for entry in model.opset_import:
-            if not entry.domain:
-                entry.version = max(entry.version, OPSET)
 
 
 def _fuses(found: Wiring, value: str) -> bool:

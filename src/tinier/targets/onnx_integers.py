@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-OPSET = 21  # the first with blocks and with four bits
 BLOCKS = (128, 64, 32, 16)  # that kernels have; the largest that divides what shares a scale
 # What ONNX Runtime fuses with a Gemm before it.
 ACTIVATIONS = {"Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign"}
@@ -22,12 +21,13 @@ ACTIVATIONS |= {"Tanh", "ThresholdedRelu"}
 
 @dataclass
 class _Weight:
-    """A dequantized constant: q (rows, columns), s and z (rows, G), and whether the graph reads it transposed there."""
+    """A dequantized constant: q (rows, columns), s and z (rows, G), and whether the graph has it (columns, rows)."""
 
     node: onnx.NodeProto
     integers: np.ndarray
     scale: np.ndarray
     zero_point: np.ndarray
+    transposed: bool
 
 
 class Wiring:
@@ -68,15 +68,13 @@ class Wiring:
             if len(node.input) > 2:
                 zero = self.array(node.input[2]).astype(integers.dtype)
             axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % 2
+            transposed = scale.ndim == 1 and axis == 1
             if scale.ndim == 1:
-                rows = axis == 0
-                scale = scale[:, None] if rows else scale[None]
-                zero = zero[:, None] if rows else zero[None]
-                if not rows:
-                    integers, scale, zero = integers.T, scale.T, zero.T
+                scale, zero = scale[:, None], zero[:, None]
+                integers = integers.T if transposed else integers
             elif scale.ndim != 2:
                 continue
-            yield _Weight(node, integers, scale, zero)
+            yield _Weight(node, integers, scale, zero, transposed)
 
 
 def compact(model: onnx.ModelProto) -> None:
@@ -90,21 +88,17 @@ def compact(model: onnx.ModelProto) -> None:
     found = Wiring(model)
     changed = False
     for weight in list(found.weights()):
-        transposed = len(weight.scale) != len(found.array(weight.node.input[0]))
-        changed |= _products(found, weight, transposed) | _lookups(found, weight, transposed)
+        changed |= _products(found, weight) | _lookups(found, weight)
     if changed:
         drop_dead(model)
-        for entry in model.opset_import:
-            if not entry.domain:
-                entry.version = max(entry.version, OPSET)
 
 
-def _products(found: Wiring, weight: _Weight, transposed: bool) -> bool:
+def _products(found: Wiring, weight: _Weight) -> bool:
     """Products x · Wᵀ and x · W with this weight read (inputs, outputs) with blocks of inputs."""
     readers = []
     value = weight.node.output[0]
     for node in found.readers.get(value, []):
-        if node.op_type == "Transpose" and not transposed:
+        if node.op_type == "Transpose" and not weight.transposed:
             readers += [(user, node) for user in found.readers.get(node.output[0], [])]
         else:
             readers.append((node, node))
@@ -112,7 +106,7 @@ def _products(found: Wiring, weight: _Weight, transposed: bool) -> bool:
         node
         for node, through in readers
         if _multiplies(found, node, through.output[0] if through is not node else value)
-        and outputs_are_rows(node, through is not node, transposed)
+        and outputs_are_rows(node, through is not node, weight.transposed)
     ]
     columns = weight.integers.shape[1]
     groups = weight.scale.shape[1]
@@ -193,7 +187,7 @@ def _multiply(found: Wiring, node: onnx.NodeProto, weight: str) -> None:
     node.CopyFrom(fresh)
 
 
-def _lookups(found: Wiring, weight: _Weight, transposed: bool) -> bool:
+def _lookups(found: Wiring, weight: _Weight) -> bool:
     """Rows are looked up as integers and dequantized then: s[i] · (q[i] − z[i])."""
     value = weight.node.output[0]
     lookups = [
@@ -205,7 +199,7 @@ def _lookups(found: Wiring, weight: _Weight, transposed: bool) -> bool:
     ]
     ranks = [found.ranks.get(node.output[0]) for node in lookups]
     groups = weight.scale.shape[1]
-    if not lookups or transposed or (groups > 1 and None in ranks):
+    if not lookups or weight.transposed or (groups > 1 and None in ranks):
         return False
     stem = weight.node.input[0].removesuffix("_integers")
     table, packed = _table(found, weight, stem)
@@ -218,7 +212,7 @@ def _lookups(found: Wiring, weight: _Weight, transposed: bool) -> bool:
         zeros = weight.zero_point.astype(np.float32)
         zero = found.add(numpy_helper.from_array(zeros, f"{stem}_rows_zero_point"))
     for number, (node, rank) in enumerate(zip(lookups, ranks, strict=True)):
-        made = _Steps(found, node, f"{node.output[0]}_{number}")
+        made = _Steps(found, node, f"{node.output[0]}_lookup_{number}")
         at = node.input[1]
         whole = made("Transpose", _by_inputs(weight), perm=[1, 0]) if tied else table
         rows = made("Gather", whole, at)
@@ -274,7 +268,8 @@ class _Steps:
 
     def __call__(self, operator: str, *inputs: str, **attributes: Any) -> str:
         output = f"{self.base}_{len(self.made)}"
-        name = f"{self.node.name}_{len(self.made)}"
+        # The exporter counts operators of a kind: node_embedding, node_embedding_1.
+        name = f"{self.node.name}_step_{len(self.made)}"
         self.made.append(helper.make_node(operator, inputs, [output], name, **attributes))
         return output
 

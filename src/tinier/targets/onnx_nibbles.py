@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from tinier.targets.onnx_integers import OPSET, Wiring, fits_nibble, integer_tensor
+from tinier.targets.onnx_integers import Wiring, fits_nibble, integer_tensor
 
 LEAST = 64  # integers for which an operator more is worth it
 # Operator → which of its inputs are integers of a weight.
@@ -47,9 +47,6 @@ def halve(model: onnx.ModelProto) -> None:
     nodes = [*made, *found.graph.node]
     del found.graph.node[:]
     found.graph.node.extend(nodes)
-    for entry in model.opset_import:
-        if not entry.domain:
-            entry.version = max(entry.version, OPSET)
 
 
 def _reads_bytes(node: onnx.NodeProto, name: str) -> bool:

@@ -97,17 +97,23 @@ class Mixture:
         """The method with bits for each layer within ``max_size``: of the weights without gaps, or of the file for ``target``.
 
         Raises:
+            InputError: every layer's bits are given.
             RefusedError: nothing fits, or the float weights do.
 
         Cost:
             The sensitivities; with a target two to four exports.
         """
         assert self.max_size is not None
-        few = spread(network, batches, FEW)
-        loss = sensitivities(network, method, few, self.choices, statistics, self.sensitivity)
         container = int if target is None else target.precision.container
         cost = packed_bytes(network, method, (*self.choices, *range(2, 17)), container)
         patterns = [pattern for pattern, _ in method.layers]
+        if all(covers(patterns, name) for name in cost):
+            raise InputError(
+                f"layers={dict(method.layers)} and max_size: every layer has its bits, and none are left to choose; "
+                "leave one of the two out, or give bits to fewer layers"
+            )
+        few = spread(network, batches, FEW)
+        loss = sensitivities(network, method, few, self.choices, statistics, self.sensitivity)
         free = {name: row for name, row in loss.items() if not covers(patterns, name)}
         module = fold(network.traced.module)
 
