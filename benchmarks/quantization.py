@@ -237,6 +237,7 @@ def content(rows: Rows) -> dict[str, Any]:
         "data": {task.name: task.data for task in map(task_of, WHERE)},
         "table": lines(rows),
         "against the best peer": ratios(lines(rows)),
+        "speed at a peer's accuracy": speeds(rows),
     }
 
 
@@ -259,6 +260,53 @@ def ratios(table: list[Row]) -> dict[str, Any]:
     if found:
         found["geometric mean"] = geometric_mean([one["ratio"] for one in found.values()])
     return found
+
+
+def to_time(rows: Rows, task: Task, contestant: str) -> list[Row]:
+    """A peer's chosen artifact; all of tinier's, of which `speeds` chooses."""
+    if contestant != "tinier":
+        return reported(rows, task, contestant)[:1]
+    keys = [f"{task.name} | tinier | {variant}" for variant in variants(task, contestant)]
+    return [rows[key] for key in keys if "valid" in rows.get(key, {})]
+
+
+def speeds(rows: Rows) -> list[Row]:
+    """For each peer's chosen artifact: the fastest of tinier's for the same runtime that are as near to the float outputs, on validation.
+
+    A speed is the float network's median latency over the artifact's, on that runtime, timed in turn.
+    """
+    found = []
+    for task in map(task_of, WHERE):
+        keys = [f"{task.name} | tinier | {variant}" for variant in variants(task, "tinier")]
+        mine = [rows[key] for key in keys if "time" in rows.get(key, {})]
+        for peer in [name for name in VARIANTS if reported(rows, task, name)]:
+            theirs = reported(rows, task, peer)[0]
+            if "time" not in theirs:
+                continue
+            limit = max(task.distance(theirs["valid"]), UNCHANGED)
+            near = [
+                row
+                for row in mine
+                if row["runtime"] == theirs["runtime"] and task.distance(row["valid"]) <= limit
+            ]
+            best = max(near, key=speed, default=None)
+            found.append(
+                {
+                    "task": task.name,
+                    "runtime": theirs["runtime"],
+                    "peer": TITLES[peer],
+                    "its speed": speed(theirs),
+                    "variant": best and best["variant"],
+                    "speed": best and speed(best),
+                    "ratio": best and speed(best) / max(speed(theirs), 1.0),
+                }
+            )
+    return found
+
+
+def speed(row: Row) -> float:
+    """How much faster than the float network an artifact is, by the medians."""
+    return float(row["time"]["faster"]["median"])
 
 
 def show(rows: Rows) -> None:
@@ -297,6 +345,10 @@ def show(rows: Rows) -> None:
         nearest = f" of {found['nearest']}'s" if name in WHERE else ""
         ratio = found["ratio"] if name in WHERE else found
         print(f"{name}: tinier's distance to the float outputs is {ratio:.2f}{nearest}")
+    for row in speeds(rows):
+        own = f"{row['speed']:.2f}× ({row['variant']})" if row["variant"] else "none is as near"
+        theirs = f"{row['peer']} {row['its speed']:.2f}×"
+        print(f"{row['task']} on {row['runtime']}, times float: {theirs}, tinier {own}")
 
 
 def main() -> None:
@@ -330,7 +382,7 @@ def main() -> None:
     if given.time:
         for task in chosen:
             for contestant in [name for name in given.peers if name in pythons]:
-                for row in reported(log.rows(), task, contestant)[:1]:
+                for row in to_time(log.rows(), task, contestant):
                     if "time" not in row and row["runtime"] != "torch" and contestant != "float":
                         present(task, row, pythons[contestant])
                         log.keep(row | {"time": timed(task, row, pythons[contestant])})

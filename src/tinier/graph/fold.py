@@ -194,14 +194,9 @@ def _free(module: fx.GraphModule, name: str, reader: fx.Node) -> str:
         if node.target == name
         for user in node.users
     }
-    same = [
-        other
-        for other, _ in [*module.named_parameters(remove_duplicate=False)]
-        if other != name
-        and read(module, other) is read(module, name)
-        and read(module, name) is not None
-    ]
-    if readers <= {reader} and not same:
+    value = read(module, name)
+    holders = sum(one is value for _, one in module.named_parameters(remove_duplicate=False))
+    if readers <= {reader} and holders <= 1:
         return name
     number = 2
     while read(module, f"{name}_{number}") is not None:

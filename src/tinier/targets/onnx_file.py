@@ -20,6 +20,7 @@ from tinier.targets.onnx_integers import compact
 from tinier.targets.onnx_nibbles import halve
 from tinier.targets.onnx_opset import raise_opset
 from tinier.targets.onnx_scalar import share_scales
+from tinier.targets.onnx_shapes import count_instead
 from tinier.targets.onnx_translations import translations
 
 OPSET = 18
@@ -78,6 +79,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     _pad_apart(model)
     _drop_unused(model)
     _name_dimensions(model)
+    count_instead(model)
     _name_values(model)
     multiply_integers(model)
     compact(model)

@@ -52,6 +52,7 @@ class OpenVino(Target):
             except RuntimeError as error:
                 first = str(error).strip().splitlines()[-1]
                 raise RefusedError(f"openvino cannot take {network.name}: {first}") from error
+            _join_rows(model)
             openvino.save_model(model, file, compress_to_fp16=False)
             del model  # it maps the temporary file, which Windows would then not delete
         return Artifact.of(self.name, file, file.with_suffix(".bin"))
@@ -88,6 +89,29 @@ class OpenVino(Target):
                 f"print(list(model({invented(network)}).values()))",
             ]
         )
+
+
+def _join_rows(model: Any) -> None:
+    """Integers of (N, L, C) are concatenated along L as (N, 1, L, C), in place.
+
+    OpenVINO takes dimension 1 for the channels, gives each a zero point of its own, and cannot multiply such matrices.
+    """
+    from openvino import opset13 as ops
+
+    nodes = model.get_ordered_ops()
+    if not any(node.get_type_name() == "FakeQuantize" for node in nodes):
+        return
+    for node in nodes:
+        if node.get_type_name() != "Concat" or node.get_output_partial_shape(0).rank != 3:
+            continue
+        if node.get_attributes()["axis"] % 3 != 1:
+            continue
+        one = ops.constant(np.array(1, np.int64))
+        rows = [ops.unsqueeze(value, one) for value in node.input_values()]
+        joined = ops.squeeze(ops.concat(rows, axis=2), one)
+        joined.set_friendly_name(f"{node.get_friendly_name()}_rows")
+        joined.output(0).set_names(node.output(0).get_names())
+        node.output(0).replace(joined.output(0))
 
 
 class OpenVinoSession(Session):
