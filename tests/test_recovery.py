@@ -15,9 +15,11 @@ from tinier.data.base import Arrays, Examples
 from tinier.errors import DataError, InputError, ModelError
 from tinier.network import Network
 from tinier.recovery.base import Loss
+from tinier.recovery.batches import batches_of
 from tinier.recovery.cross_entropy import CrossEntropy
-from tinier.recovery.loop import _batches, recover, schedule
+from tinier.recovery.loop import recover
 from tinier.recovery.output_mse import OutputMSE
+from tinier.recovery.settings import schedule
 from tinier.recovery.soft_targets import SoftTargets
 
 
@@ -182,7 +184,7 @@ class TestLoop:
             return inputs
 
         data = examples(10)
-        rows = [index for index, _, _ in islice(_batches(data, 4, 0, identity), 4)]
+        rows = [index for index, _, _ in islice(batches_of(data, 4, 0, identity), 4)]
         assert [len(row) for row in rows] == [4] * 4
         assert len(set(torch.cat(rows[:2]).tolist())) == 8
         assert not torch.equal(torch.cat(rows[:2]), torch.cat(rows[2:]))

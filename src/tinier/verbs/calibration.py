@@ -10,7 +10,7 @@ from tinier.data.check import check_labels, runs
 from tinier.errors import InputError
 from tinier.network import Network
 from tinier.recovery.base import Loss
-from tinier.recovery.loop import Recovered
+from tinier.recovery.settings import Recovered
 from tinier.statistics import Statistics
 from tinier.verbs.smaller import examples_of
 
