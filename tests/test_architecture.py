@@ -80,6 +80,7 @@ PUBLIC: set[str] = {
     "__version__",
     "compress",
     "deliver",
+    "distill",
     "export",
     "inspect",
     "linearize",

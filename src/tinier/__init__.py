@@ -9,6 +9,7 @@ from tinier.shrink import shrink
 from tinier.verbs import (
     Smaller,
     deliver,
+    distill,
     export,
     linearize,
     load,
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "compress",
     "deliver",
+    "distill",
     "export",
     "inspect",
     "linearize",

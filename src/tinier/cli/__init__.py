@@ -4,11 +4,11 @@ from typing import Annotated
 
 import typer
 
-from tinier.cli import compress, look, prune, quantize, store
+from tinier.cli import compress, look, prune, quantize, store, train
 from tinier.cli.app import app
 from tinier.version import VERSION
 
-__all__ = ["app", "compress", "look", "main", "prune", "quantize", "store"]
+__all__ = ["app", "compress", "look", "main", "prune", "quantize", "store", "train"]
 
 
 @app.callback(invoke_without_command=True)

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from tinier.cli.app import Json, Threads, app, guarded, print_json
+from tinier.cli.app import Json, Threads, app, guarded
+from tinier.cli.results import finish
 from tinier.recovery.cross_entropy import CrossEntropy
 from tinier.report.terminal import Bars
-from tinier.report.words import bar
 from tinier.shrink import shrink as run_shrink
 from tinier.verbs import Smaller
 from tinier.verbs import linearize as run_linearize
@@ -156,7 +154,7 @@ def prune(
             write_all(smaller, out)
         return smaller
 
-    _finish(guarded(work), out, as_json)
+    finish(guarded(work), out, as_json)
 
 
 @app.command()
@@ -169,7 +167,7 @@ def shrink(model: Model, out: Out, as_json: Json = False) -> None:
         write_all(smaller, out)
         return smaller
 
-    _finish(guarded(work), out, as_json)
+    finish(guarded(work), out, as_json)
 
 
 @app.command()
@@ -193,7 +191,7 @@ def linearize(
         write_all(smaller, out)
         return smaller
 
-    _finish(guarded(work), out, as_json)
+    finish(guarded(work), out, as_json)
 
 
 @app.command()
@@ -243,37 +241,7 @@ def sparsify(
             write_all(smaller, out)
         return smaller
 
-    _finish(guarded(work), out, as_json)
-
-
-def _finish(smaller: Smaller, out: Path, as_json: bool) -> None:
-    if as_json:
-        print_json({**smaller.as_dict(), "folder": str(out)})
-        return
-    show(smaller, Console())
-    Console().print(
-        f"\nThe result is in {out}; README.md there says how to run it.", soft_wrap=True
-    )
-
-
-def show(smaller: Smaller, console: Console) -> None:
-    """Costs before and after, notes, and a bar for each group that lost channels."""
-    facts = smaller.as_dict()
-    for what in ("macs", "parameters"):
-        before, after = facts[what]["before"], facts[what]["after"]
-        name = "MACs" if what == "macs" else what
-        console.print(f"{name} {before:,} → {after:,} ({after / max(before, 1):.1%})", style="bold")
-    for note in smaller.notes:
-        console.print(note, style="dim", soft_wrap=True)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for head in ("group", "before → after", "kept"):
-        table.add_column(head, overflow="fold")
-    for edit in smaller.plan.edits:
-        name, change = edit.row()
-        old, _, new = change.partition(" → ")
-        share = bar(int(new) / int(old)) if old.isdigit() and new.isdigit() else ""
-        table.add_row(name, change, share)
-    console.print(table)
+    finish(guarded(work), out, as_json)
 
 
 def _rates(texts: list[str] | None) -> dict[str, float]:

@@ -1,15 +1,29 @@
-"""Penalties from what the user gave: an object, a text, or several of them."""
+"""Losses and penalties from what the user gave: an object, a text, or several of them."""
 
 import ast
 import dataclasses
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 import tinier.recovery
 from tinier.errors import InputError
-from tinier.recovery.base import Penalty
+from tinier.recovery.base import Loss, Penalty
 from tinier.registry import implementations
+
+T = TypeVar("T")
+
+
+def as_losses(value: Loss | str | Sequence[Loss | str]) -> tuple[Loss, ...]:
+    """The losses that are meant.
+
+    Args:
+        value: a loss; the name of one, with its defaults or with settings, as "soft_targets" or "soft_targets:temperature=2"; or several.
+
+    Raises:
+        InputError: no loss has that name or setting, or ``value`` is none of these.
+    """
+    return _chosen(value, Loss, "loss", "SoftTargets(temperature=4)")  # type: ignore[type-abstract]
 
 
 def as_penalties(value: Penalty | str | Sequence[Penalty | str]) -> tuple[Penalty, ...]:
@@ -21,25 +35,29 @@ def as_penalties(value: Penalty | str | Sequence[Penalty | str]) -> tuple[Penalt
     Raises:
         InputError: no penalty has that name or setting, or ``value`` is none of these.
     """
-    if isinstance(value, Penalty | str):
-        return (_penalty(value),)
+    return _chosen(value, Penalty, "penalty", "GroupLasso(1e-3)")  # type: ignore[type-abstract]
+
+
+def _chosen(value: Any, base: type[T], what: str, such: str) -> tuple[T, ...]:
+    if isinstance(value, base | str):
+        value = (value,)
     if not isinstance(value, Sequence):
         raise InputError(
-            f"penalties: {value!r} is none; give a penalty such as GroupLasso(1e-3), its name, or a list of them"
+            f"{what}: {value!r} is none; give one such as {such}, its name, or a list of them"
         )
-    return tuple(_penalty(one) for one in value)
+    return tuple(_one(each, base, what, such) for each in value)
 
 
-def _penalty(value: Any) -> Penalty:
-    if isinstance(value, Penalty):
+def _one(value: Any, base: type[T], what: str, such: str) -> T:
+    if isinstance(value, base):
         return value
-    known = implementations(tinier.recovery, Penalty)  # type: ignore[type-abstract]
+    known = implementations(tinier.recovery, base)
     name, _, settings = value.partition(":") if isinstance(value, str) else ("", "", "")
     if name not in known:
         near = get_close_matches(name, known, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise InputError(
-            f"penalty {value!r}: a penalty such as GroupLasso(1e-3), or one of {', '.join(known)}, is needed{meant}"
+            f"{what} {value!r}: one such as {such}, or one of {', '.join(known)}, is needed{meant}"
         )
     fields = [field.name for field in dataclasses.fields(known[name])]  # type: ignore[arg-type]
     given = {}
@@ -47,13 +65,13 @@ def _penalty(value: Any) -> Penalty:
         key, equals, number = text.partition("=")
         if key not in fields or not equals:
             raise InputError(
-                f"penalty {value!r}: {text!r} is no setting of {name}; there are {', '.join(fields)}: {name}:{fields[0]}=…"
+                f"{what} {value!r}: {text!r} is no setting of {name}; there are {', '.join(fields)}: {name}:{fields[0]}=…"
             )
         given[key] = _value(number)
     try:
         return known[name](**given)
-    except TypeError as error:
-        raise InputError(f"penalty {value!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} {value!r}: {error}") from error
 
 
 def _value(text: str) -> Any:

@@ -3,6 +3,7 @@
 from tinier.verbs.activations import linearize
 from tinier.verbs.delivery import deliver
 from tinier.verbs.disk import load, save
+from tinier.verbs.distilling import distill
 from tinier.verbs.pruning import prune
 from tinier.verbs.quantization import quantize
 from tinier.verbs.sharing import share
@@ -14,6 +15,7 @@ from tinier.verbs.storage import pack, unpack
 __all__ = [
     "Smaller",
     "deliver",
+    "distill",
     "export",
     "linearize",
     "load",

@@ -1,5 +1,8 @@
 """Quantization-aware training: a quantized network learns to answer like the original, and stays what the runtime computes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from tinier.data.base import Examples
 from tinier.edits.base import Plan
 from tinier.edits.fake_quantize import plan_of, repair_saturation, split, trainable
@@ -27,19 +30,14 @@ def is_quantized(smaller: Smaller) -> bool:
 def train_quantized(
     quantized: Smaller,
     examples: Examples,
-    *,
-    seconds: float | None,
-    epochs: float | None,
-    seed: int,
+    training: Mapping[str, Any],
 ) -> Smaller:
     """Train weights, biases and steps of a quantized network by distillation from its original.
 
     Args:
         quantized: what ``quantize`` gave.
         examples: training data.
-        seconds: most time to take, or
-        epochs: passes over the data.
-        seed: of the order of the examples.
+        training: keywords of ``recovery.loop.recover``.
 
     Returns:
         The network quantized with the trained weights, and its plan; ``trainable`` is the trained float network, of the user's class where
@@ -57,10 +55,7 @@ def train_quantized(
         student,
         quantized.original,
         examples,
-        seconds=seconds,
-        epochs=epochs,
-        lr=LEARNING_RATE,
-        seed=seed,
+        **{**training, "lr": training["lr"] or LEARNING_RATE},
         each_step=LearnSteps(),
     )
     notes = list(ended_early(done))
