@@ -19,8 +19,13 @@ Source = "An .onnx, .keras or .pt2 file, a Hugging Face directory, or module:fun
 def distill(
     student: Annotated[str, typer.Argument(help=f"The small network. {Source}")],
     teacher: Annotated[str, typer.Argument(help="The network that it learns from, likewise.")],
-    data: Annotated[str, typer.Option(help="Examples to train on, as for compress --data.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Examples to train on, as for compress --data; made up from the teacher's batch norms if there are none."
+        ),
+    ] = None,
     loss: Annotated[
         list[str] | None,
         typer.Option(

@@ -11,10 +11,12 @@ from tinier.errors import InputError
 from tinier.network import Network
 from tinier.recovery.base import Loss
 from tinier.recovery.settings import Recovered
+from tinier.recovery.synthetic import synthetic_inputs
 from tinier.statistics import Statistics
 from tinier.verbs.smaller import examples_of
 
 CALIBRATION = 512  # examples that criteria and compensation see
+SYNTHETIC = 512  # inputs that are made up where there are no data
 BATCH = 64
 
 
@@ -38,6 +40,25 @@ def training(data: Any, network: Network, losses: Sequence[Loss] | None = None) 
     if outputs and labels is not None and any(loss.needs_labels for loss in losses or ()):
         check_labels(labels, outputs[0])
     return examples
+
+
+def trained_on(
+    data: Any, network: Network, teacher: Network, losses: Sequence[Loss] | None, seed: int
+) -> tuple[Examples, tuple[str, ...]]:
+    """The examples to train on, as of ``training``, and a note: made up from the teacher's batch norms where ``data`` is None.
+
+    Raises:
+        InputError: there are no data, and nothing can be made up.
+        DataError: the data cannot be trained on.
+    """
+    if data is not None:
+        return training(data, network, losses), ()
+    examples = synthetic_inputs(teacher, SYNTHETIC, seed=seed)
+    note = (
+        f"without data: trained on {SYNTHETIC} synthetic inputs with the statistics of the original's batch norms; "
+        "what that is worth on real data is not measured"
+    )
+    return training(examples, network, losses), (note,)
 
 
 def labelled(

@@ -11,14 +11,14 @@ from tinier.recovery.base import Loss
 from tinier.recovery.choose import as_losses
 from tinier.recovery.loop import recover as train_student
 from tinier.targets.base import is_quantized
-from tinier.verbs.calibration import ended_early, training
+from tinier.verbs.calibration import ended_early, trained_on
 from tinier.verbs.smaller import Smaller, examples_of, network_of
 
 
 def distill(
     student: Any,
     teacher: Any,
-    data: Any,
+    data: Any = None,
     *,
     example: Example | None = None,
     losses: Loss | str | Sequence[Loss | str] | None = None,
@@ -41,7 +41,8 @@ def distill(
     Args:
         student: an ``nn.Module``, a path, or what another step gave; never changed: a copy is trained.
         teacher: likewise, with the same inputs and outputs; computed in evaluation mode.
-        data: training examples; labels are used by losses of labels alone.
+        data: training examples; labels are used by losses of labels alone. None where there are none: inputs are made up from what the
+            teacher's batch norms remember, which is far from real data.
         example: example inputs; None where the models bring their own.
         losses: what is minimized, their sum: objects, or texts such as "soft_targets:temperature=2"; None for soft targets where the first
             output has an axis of classes, else for the error of the outputs.
@@ -80,7 +81,7 @@ def distill(
             "the student is quantized: recover() trains what quantize() gave, towards its original"
         )
     chosen = None if losses is None else as_losses(losses)
-    examples = training(data, network, chosen)
+    examples, made_up = trained_on(data, network, original, chosen, seed)
     held = None if valid is None else examples_of(valid, network)
     done = train_student(
         network,
@@ -102,7 +103,7 @@ def distill(
         progress=progress,
     )
     note = f"distilled for {done.epochs:.2g} epochs in {done.seconds:.0f} s, loss {done.history[-1]:.3g}"
-    notes = (note, *ended_early(done))
+    notes = (note, *made_up, *ended_early(done))
     if isinstance(student, Smaller):
         return Smaller(done.network, student.original, student.plan, notes=(*student.notes, *notes))
     return Smaller(done.network, original, Plan(), notes=notes)

@@ -14,7 +14,7 @@ from tinier.recovery.choose import as_losses
 from tinier.recovery.loop import recover as train_student
 from tinier.targets.base import Artifact, targets_for
 from tinier.targets.base import is_quantized as computes_rounded
-from tinier.verbs.calibration import ended_early, training
+from tinier.verbs.calibration import ended_early, trained_on
 from tinier.verbs.disk import OURS
 from tinier.verbs.gate import lowered, takers
 from tinier.verbs.quantization_aware import is_quantized, train_quantized
@@ -25,7 +25,7 @@ EXPORTED = OURS | {"model.null.json", "model.null.bin"}
 
 def recover(
     pruned: Smaller,
-    data: Any,
+    data: Any = None,
     *,
     losses: Loss | str | Sequence[Loss | str] | None = None,
     valid: Any = None,
@@ -49,7 +49,8 @@ def recover(
 
     Args:
         pruned: what another step, as ``prune`` or ``quantize``, gave.
-        data: training examples; labels are used by losses of labels alone.
+        data: training examples; labels are used by losses of labels alone. None where there are none: inputs are made up from what the
+            original's batch norms remember, which is far from real data.
         losses: as of ``distill``; None for the original's own answers.
         valid: examples that are not trained on, for the choice of the best epoch.
         seconds: time to train, or
@@ -75,7 +76,8 @@ def recover(
         )
     chosen = None if losses is None else as_losses(losses)
     quantized = is_quantized(pruned)
-    examples = training(data, pruned.original if quantized else pruned.network, chosen)
+    runs_on = pruned.original if quantized else pruned.network
+    examples, made_up = trained_on(data, runs_on, pruned.original, chosen, seed)
     training_of: dict[str, Any] = {
         "losses": chosen,
         "valid": None if valid is None else examples_of(valid, pruned.original),
@@ -93,10 +95,11 @@ def recover(
         "progress": progress,
     }
     if quantized:
-        return train_quantized(pruned, examples, training_of)
+        trained = train_quantized(pruned, examples, training_of)
+        return replace(trained, notes=(*trained.notes, *made_up))
     done = train_student(pruned.network, pruned.original, examples, **training_of)
     note = f"recovered for {done.epochs:.2g} epochs in {done.seconds:.0f} s"
-    notes = (*pruned.notes, note, *ended_early(done))
+    notes = (*pruned.notes, note, *made_up, *ended_early(done))
     return Smaller(done.network, pruned.original, pruned.plan, notes=notes)
 
 
