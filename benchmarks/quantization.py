@@ -44,9 +44,9 @@ UNCHANGED = 1e-7  # a distance that float arithmetic alone makes
 # tinier's variants: the runtime that the file is exported for, and the keywords of tinier.quantize.
 SMOOTH = ("smooth_quant", "bias_correction")
 OURS: dict[str, dict[str, Any]] = {
-    "ONNX Runtime": {"export": "onnxruntime"},
-    "OpenVINO": {"export": "openvino"},
     "ONNX Runtime, importance": {"export": "onnxruntime", "ranges": "importance"},
+    "ONNX Runtime": {"export": "onnxruntime", "ranges": "mse"},
+    "OpenVINO": {"export": "openvino", "ranges": "mse"},
     "ONNX Runtime, min-max": {"export": "onnxruntime", "ranges": "minmax", "weight_ranges": "mse"},
 }
 OF_TRANSFORMERS: dict[str, dict[str, Any]] = {

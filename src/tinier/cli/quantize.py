@@ -63,7 +63,10 @@ def quantize(
             help="Dynamic ranges of each row of the last axis, not of the whole tensor.",
         ),
     ] = False,
-    ranges: Annotated[str, typer.Option(help=f"Of activations: {', '.join(RULES)}.")] = "mse",
+    ranges: Annotated[
+        str | None,
+        typer.Option(help=f"Of activations: {', '.join(RULES)}; importance if not given."),
+    ] = None,
     weight_ranges: Annotated[
         str | None, typer.Option(help="Of weights: minmax, percentile, mse or importance.")
     ] = None,

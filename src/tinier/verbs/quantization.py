@@ -39,7 +39,7 @@ def quantize(
     bits: int | None = None,
     activations: int | str | None = 8,
     symmetric_activations: bool = False,
-    ranges: str = "mse",
+    ranges: str | None = None,
     weight_ranges: str | None = None,
     group: int | None = None,
     per_tensor: bool = False,
@@ -68,8 +68,10 @@ def quantize(
         activations: bits of activations; None stores weights as integers and computes in float; "dynamic" rounds inputs of linear layers to
             8 bits in the range of each run, "dynamic_per_token" in that of each row of their last axis. Both need no data.
         symmetric_activations: zero points of activations are 0, for accelerators that have none.
-        ranges: of activations, "minmax", "percentile", "moving_average", "mse", "importance" or "entropy".
-        weight_ranges: of weights, "minmax", "percentile", "mse" or "importance"; None for what ``ranges`` is.
+        ranges: of activations, "minmax", "percentile", "moving_average", "mse", "importance" or "entropy"; None for "importance", or for
+            "mse" where no output is a float.
+        weight_ranges: of weights, "minmax", "percentile", "mse" or "importance"; None for what ``ranges`` is,
+            where that is one of weights, too, else "mse".
         group: inputs that share a scale, for weights alone; None for one scale a channel.
         per_tensor: one scale for all channels of a weight, for hardware that has no scale a channel.
         symmetric: whether zero points of weights are 0; None for yes, but no for layers below 8 bits where activations stay float.
@@ -100,7 +102,7 @@ def quantize(
 
     Cost:
         A run of the network over the data; for corrections about ten over 64 to 128 examples; with error feedback one more and, for each
-        layer, 8 · (inputs · kernel)² bytes; with ranges by importance 32 bytes for each column of a layer.
+        layer, 8 · (inputs · kernel)² bytes; with ranges by importance a run forth and back over 64
     """
     if rounding not in (*ROUNDINGS, *LEARNED):
         raise InputError(f"rounding={rounding!r}: {', '.join((*ROUNDINGS, *LEARNED))} are known")
@@ -130,7 +132,7 @@ def quantize(
         symmetric_activations=symmetric_activations,
         dynamic=dynamic,
         per_token=per_token,
-        ranges=ranges,
+        ranges=ranges or "mse",
         weight_ranges=weight_ranges,
         group=group,
         per_tensor=per_tensor,
@@ -150,6 +152,9 @@ def quantize(
     network = network_of(model, example, data)
     network.need_values("quantize")
     refuse_quantized(network)
+    if ranges is None and rounded is not None:
+        floats = any(output.is_floating_point() for output in network(network.example))
+        method = replace(method, ranges="importance" if floats else "mse")
     method, meant = fitted(network, method)
     batches = [] if data is None else batches_of(calibration(data, network), network)
     before = prepared(network, names, method, batches)
