@@ -104,6 +104,9 @@ def tinier(own: Language, asked: Asked) -> Scores:
     example = {"input_ids": own.calibration[:2]}
     data = {"input_ids": own.calibration.numpy()}
     model = Logits(own.model)
+    # A head that is the table of tokens has no name of its own.
+    names = {name for name, _ in model.named_parameters()}
+    left = [part for part in ("lm_head", "embed_tokens") if any(part in name for name in names)]
     smaller = code.quantize(
         model,
         example,
@@ -111,7 +114,7 @@ def tinier(own: Language, asked: Asked) -> Scores:
         bits=asked["bits"],
         activations=None,
         group=asked["group"],
-        exclude=("*lm_head*", "*embed_tokens*"),
+        exclude=tuple(f"*{part}*" for part in left),
         **asked["variant"],
     )
     return lambda ids: smaller.model(input_ids=ids)
