@@ -1,5 +1,7 @@
 """What both sides of ``distillation.py`` share: a small student of the demo's ResNet-20, its data, plain training, accuracy."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from pruning_quality_tasks import Data, task
@@ -21,7 +23,7 @@ class Student(nn.Module):
                 nn.BatchNorm2d(b),
                 nn.ReLU(),
             )
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         )
         self.fc = nn.Linear(48, 10)
 
@@ -65,7 +67,9 @@ def factor(done: float) -> float:
     return (1 + float(torch.cos(torch.tensor(torch.pi * (done - WARM_UP) / (1 - WARM_UP))))) / 2
 
 
-def by_hand(model: nn.Module, other: nn.Module | None, seed: int, epochs: float = EPOCHS) -> nn.Module:
+def by_hand(
+    model: nn.Module, other: nn.Module | None, seed: int, epochs: float = EPOCHS
+) -> nn.Module:
     """A loop written by hand: cross-entropy without a teacher, soft targets of temperature 4 with one, whose answers are kept."""
     rows = data("train")
     x, y = rows.inputs["x"], rows.labels

@@ -87,6 +87,34 @@ def test_distilling_from_oneself_changes_nothing() -> None:
     )
 
 
+def test_several_teachers_teach_their_mean() -> None:
+    student, teachers = Wide(16, seed=1), [Wide(32, seed=2), Wide(32, seed=3)]
+    x, _ = data()
+
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (teachers[0].eval()(x) + teachers[1].eval()(x)) / 2
+
+    done = tinier.distill(student, teachers, x, epochs=40, batch=32, lr=0.01)
+    assert distance(done.model, Mean()) < 0.3 * distance(student, Mean())
+    assert distance(done.model, Mean()) < 0.3 * distance(done.model, teachers[0])
+    with pytest.raises(InputError, match="empty"):
+        tinier.distill(student, [], x, epochs=1)
+
+
+def test_features_by_name_and_by_pairs() -> None:
+    student, teacher, (x, _) = Wide(8, seed=1), Wide(32, seed=2), data()
+    losses = ["soft_targets:temperature=2", "hints:weight=0.1"]
+    found = tinier.distill(student, teacher, x, losses=losses, epochs=2)
+    given = tinier.distill(
+        student, teacher, x, losses=losses, pairs={"first": "first", "last": "last"}, epochs=2
+    )
+    for one, two in zip(found.model.parameters(), given.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(InputError, match="no part 'middle'"):
+        tinier.distill(student, teacher, x, losses=losses, pairs={"middle": "first"}, epochs=1)
+
+
 def test_a_pruned_student_keeps_its_plan(tmp_path: Path) -> None:
     teacher, (x, _) = Wide(32, seed=2), data()
     pruned = tinier.prune(teacher, x[:2], keep=0.5)

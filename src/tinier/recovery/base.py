@@ -1,7 +1,7 @@
 """What a smaller network is trained towards."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -31,6 +31,44 @@ class Loss(ABC):
 
         Returns:
             Scalar, 0 or more, a mean over the batch.
+        """
+
+
+class FeatureLoss(ABC):
+    """A distance of values inside the student from those inside the teacher: a frozen dataclass of its settings."""
+
+    name: ClassVar[str]
+    needs_labels: ClassVar[bool] = False
+
+    @abstractmethod
+    def on(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> "FeatureTerm":
+        """The loss of one pair of networks.
+
+        Args:
+            student: features of a few examples at the student's points, dimension 0 being the batch.
+            teacher: those at the teacher's points, of the same examples, as many.
+
+        Raises:
+            RefusedError: features of a pair cannot be compared.
+        """
+
+
+class FeatureTerm(nn.Module, ABC):
+    """A feature loss of one pair of networks; its parameters, such as projections, are trained beside the student."""
+
+    @abstractmethod
+    def forward(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor | None
+    ) -> Tensor:
+        """The loss of one batch, differentiable in ``student`` and in the term's parameters.
+
+        Args:
+            student: (batch, …) features at each of the student's points.
+            teacher: those at the teacher's points, without gradients.
+            labels: (batch, …) labels, or None without labels.
+
+        Returns:
+            Scalar, 0 or more, a mean over the batch and the points.
         """
 
 

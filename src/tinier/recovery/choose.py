@@ -4,17 +4,17 @@ import ast
 import dataclasses
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any
 
 import tinier.recovery
 from tinier.errors import InputError
-from tinier.recovery.base import Loss, Penalty
+from tinier.recovery.base import FeatureLoss, Loss, Penalty
 from tinier.registry import implementations
 
-T = TypeVar("T")
 
-
-def as_losses(value: Loss | str | Sequence[Loss | str]) -> tuple[Loss, ...]:
+def as_losses(
+    value: Loss | FeatureLoss | str | Sequence[Loss | FeatureLoss | str],
+) -> tuple[Loss | FeatureLoss, ...]:
     """The losses that are meant.
 
     Args:
@@ -23,7 +23,7 @@ def as_losses(value: Loss | str | Sequence[Loss | str]) -> tuple[Loss, ...]:
     Raises:
         InputError: no loss has that name or setting, or ``value`` is none of these.
     """
-    return _chosen(value, Loss, "loss", "SoftTargets(temperature=4)")  # type: ignore[type-abstract]
+    return _chosen(value, (Loss, FeatureLoss), "loss", "SoftTargets(temperature=4)")
 
 
 def as_penalties(value: Penalty | str | Sequence[Penalty | str]) -> tuple[Penalty, ...]:
@@ -35,23 +35,23 @@ def as_penalties(value: Penalty | str | Sequence[Penalty | str]) -> tuple[Penalt
     Raises:
         InputError: no penalty has that name or setting, or ``value`` is none of these.
     """
-    return _chosen(value, Penalty, "penalty", "GroupLasso(1e-3)")  # type: ignore[type-abstract]
+    return _chosen(value, (Penalty,), "penalty", "GroupLasso(1e-3)")
 
 
-def _chosen(value: Any, base: type[T], what: str, such: str) -> tuple[T, ...]:
-    if isinstance(value, base | str):
+def _chosen(value: Any, bases: tuple[Any, ...], what: str, such: str) -> tuple[Any, ...]:
+    if isinstance(value, (*bases, str)):
         value = (value,)
     if not isinstance(value, Sequence):
         raise InputError(
             f"{what}: {value!r} is none; give one such as {such}, its name, or a list of them"
         )
-    return tuple(_one(each, base, what, such) for each in value)
+    return tuple(_one(each, bases, what, such) for each in value)
 
 
-def _one(value: Any, base: type[T], what: str, such: str) -> T:
-    if isinstance(value, base):
+def _one(value: Any, bases: tuple[Any, ...], what: str, such: str) -> Any:
+    if isinstance(value, bases):
         return value
-    known = implementations(tinier.recovery, base)
+    known = {n: k for base in bases for n, k in implementations(tinier.recovery, base).items()}
     name, _, settings = value.partition(":") if isinstance(value, str) else ("", "", "")
     if name not in known:
         near = get_close_matches(name, known, 1)
@@ -59,7 +59,7 @@ def _one(value: Any, base: type[T], what: str, such: str) -> T:
         raise InputError(
             f"{what} {value!r}: one such as {such}, or one of {', '.join(known)}, is needed{meant}"
         )
-    fields = [field.name for field in dataclasses.fields(known[name])]  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(known[name])]
     given = {}
     for text in settings.split(",") if settings else ():
         key, equals, number = text.partition("=")

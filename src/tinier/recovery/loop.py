@@ -1,6 +1,6 @@
 """Recovery: train a smaller network until it answers like the original again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from tinier.errors import InputError
 from tinier.network import Network
 from tinier.recovery.base import Loss, Penalty
 from tinier.recovery.batches import Augment
+from tinier.recovery.inside import AnyLoss
 from tinier.recovery.output_mse import OutputMSE
 from tinier.recovery.settings import Recovered, Settings
 from tinier.recovery.soft_targets import SoftTargets
@@ -22,7 +23,8 @@ def recover(
     teacher: Network,
     train: Examples,
     *,
-    losses: Sequence[Loss] | None = None,
+    losses: Sequence[AnyLoss] | None = None,
+    pairs: Mapping[str, str] | None = None,
     penalties: Sequence[Penalty] = (),
     valid: Examples | None = None,
     seconds: float | None = None,
@@ -57,6 +59,7 @@ def recover(
         teacher: the original, with the same inputs and outputs.
         train: the data; labels are needed by losses of labels only.
         losses: their sum is minimized; None for soft targets where the first output has an axis of classes, else the output error.
+        pairs: student's place → teacher's, whose features are compared by losses of those; None for those that `pair_layers` finds.
         penalties: what pulls weights to zero meanwhile. Their gradients are added to those of the losses after these were clipped,
             so that their strengths mean what they say.
         valid: examples that are not trained on: after each epoch the loss on them is computed, and the weights with the smallest are taken.
@@ -110,7 +113,7 @@ def recover(
     settings.check(student, train, losses, valid)
     if settings.checkpoint is not None and penalties:
         raise InputError("checkpoint: what penalties count is not kept in it; leave it out")
-    run = Run(student, teacher, train, tuple(losses), valid, settings, augment, each_step)
+    run = Run(student, teacher, train, tuple(losses), valid, settings, augment, each_step, pairs)
     return run.trained(student, penalties, progress)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tinier.data.base import Examples
 from tinier.errors import DataError, InputError, ModelError
 from tinier.network import Network
-from tinier.recovery.base import Loss
+from tinier.recovery.base import FeatureLoss, Loss
 from tinier.units import is_number
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +53,11 @@ class Settings:
     device: str | torch.device | None = None
 
     def check(
-        self, student: Network, train: Examples, losses: Sequence[Loss], valid: Examples | None
+        self,
+        student: Network,
+        train: Examples,
+        losses: Sequence[Loss | FeatureLoss],
+        valid: Examples | None,
     ) -> None:
         """Refuse before any work what cannot be.
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +20,7 @@ from tinier.network import Network
 from tinier.recovery.averaging import Averaged
 from tinier.recovery.base import Loss, Penalty, Pull
 from tinier.recovery.batches import Augment, Inputs, batches_of
+from tinier.recovery.inside import AnyLoss, Inside
 from tinier.recovery.layout import layout_of, lying, store
 from tinier.recovery.pulls import step_size
 from tinier.recovery.recompute import recomputed
@@ -62,11 +63,12 @@ class Run:
         student: Network,
         teacher: Network,
         train: Examples,
-        losses: tuple[Loss, ...],
+        losses: tuple[AnyLoss, ...],
         valid: Examples | None,
         settings: Settings,
         augment: Augment | None,
         each_step: EachStep | None,
+        pairs: Mapping[str, str] | None = None,
     ) -> None:
         self.started = time.monotonic()
         self.settings, self.losses, self.train, self.valid = settings, losses, train, valid
@@ -89,8 +91,11 @@ class Run:
         self.per_epoch = len(train) // self.batch
         whole = settings.epochs
         self.total = math.inf if whole is None else max(1, round(whole * self.per_epoch))
-        self.answers = Answers(self.teacher, len(train), remember=augment is None)
+        self.inside = Inside(self.network, self.teacher, losses, pairs, train, settings)
+        remember = augment is None and not self.inside.pairs
+        self.answers = Answers(self.teacher, len(train), remember)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.parameters += [p for p in self.inside.terms.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.module, self.parameters, settings.lr)
         self.lr = self.optimizer.param_groups[0]["lr"]
         half = settings.precision == "float16"
@@ -111,7 +116,8 @@ class Run:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(tracing.evaluating(module))
             torch.manual_seed(self.settings.seed)
-            if not penalties and self._equal():
+            outputs = [loss for loss in self.losses if isinstance(loss, Loss)]
+            if not penalties and outputs and self._equal(outputs):
                 return self._result()
             few, _ = next(self.train.subset(range(min(2, self.batch))).batches(2))
             self.layout = layout_of(module, self._here(few))
@@ -119,6 +125,7 @@ class Run:
                 for part in module.modules():
                     if isinstance(part, _BatchNorm):
                         part.train()
+            stack.enter_context(self.inside)
             if self.settings.recompute:
                 stack.enter_context(recomputed(module))
             named = {plain_name(n): p for n, p in module.named_parameters(remove_duplicate=False)}
@@ -166,7 +173,8 @@ class Run:
         """One step of the optimizer; ``stopped`` says why there was none."""
         if self.each_step is not None:
             self.each_step(self.module, done)
-        self.optimizer.param_groups[0]["lr"] = self.lr * schedule(done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * schedule(done)
         self.optimizer.zero_grad()
         mine = self.workers.share(torch.arange(len(index)))
         value, terms = 0.0, [0.0] * len(self.losses)
@@ -221,7 +229,7 @@ class Run:
         if self.steps == 0:
             same_outputs(outputs, targets)
         known = None if labels is None else labels.to(self.workers.device)
-        return [loss(outputs, targets, known) for loss in self.losses]
+        return self.inside.losses(outputs, targets, known)
 
     def _epoch(self, pulls: list[Pull]) -> None:
         """What follows a pass over the data."""
@@ -247,18 +255,19 @@ class Run:
         with tracing.evaluating(module), torch.no_grad():
             for inputs, labels in self.valid.batches(self.batch):
                 here = self._here(inputs)
-                answers = self.teacher(here), tracing.call(module, lying(here, self.layout))
-                known = None if labels is None else labels.to(self.workers.device)
-                rows = len(next(iter(inputs.values())))
-                total += rows * sum(
-                    loss(answers[1], answers[0], known).item() for loss in self.losses
+                targets, outputs = (
+                    self.teacher(here),
+                    tracing.call(module, lying(here, self.layout)),
                 )
+                known = None if labels is None else labels.to(self.workers.device)
+                found = self.inside.losses(outputs, targets, known)
+                total += len(next(iter(inputs.values()))) * torch.stack(found).sum().item()
         self.validation.append(total / len(self.valid))
         if self.validation[-1] <= min(self.validation):
             self.best = snapshot(module)
         module.load_state_dict(last)
 
-    def _equal(self) -> bool:
+    def _equal(self, losses: Sequence[Loss]) -> bool:
         """Whether there is nothing to recover: no loss on the first batches, in evaluation mode."""
         few = self.train.subset(range(min(len(self.train), 4 * self.batch)))
         for inputs, labels in few.batches(self.batch):
@@ -266,7 +275,7 @@ class Run:
             outputs, targets = self.network(here), self.teacher(here)
             same_outputs(outputs, targets)
             known = None if labels is None else labels.to(self.workers.device)
-            if not all(abs(loss(outputs, targets, known).item()) <= EQUAL for loss in self.losses):
+            if not all(abs(loss(outputs, targets, known).item()) <= EQUAL for loss in losses):
                 return False
         return True
 
@@ -324,6 +333,7 @@ class Run:
         return {
             **numbers,
             "losses": [repr(loss) for loss in self.losses],
+            "pairs": [[pair.student, pair.teacher] for pair in self.inside.pairs],
             "examples": len(self.train),
             "first examples": first.digest(),
             "student": weights.hexdigest(),
@@ -349,6 +359,7 @@ class Run:
             **prefixed("optimizer", optimizer_tensors(self.optimizer)),
             **prefixed("average", self.average.values if self.average else {}),
             **prefixed("best", self.best),
+            **prefixed("terms", self.inside.terms.state_dict()),
             **prefixed("answers", self.answers.state()),
             "random": torch.get_rng_state(),
         }
@@ -373,6 +384,7 @@ class Run:
         if self.average is not None:
             self.average.restore(under("average", tensors), numbers["averaged"])
         self.best = under("best", tensors)
+        self.inside.terms.load_state_dict(under("terms", tensors))
         self.answers.restore(under("answers", tensors))
         torch.set_rng_state(tensors["random"])
 

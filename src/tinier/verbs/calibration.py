@@ -9,7 +9,7 @@ from tinier.data.base import Examples
 from tinier.data.check import check_labels, runs
 from tinier.errors import InputError
 from tinier.network import Network
-from tinier.recovery.base import Loss
+from tinier.recovery.base import FeatureLoss, Loss
 from tinier.recovery.settings import Recovered
 from tinier.recovery.synthetic import synthetic_inputs
 from tinier.statistics import Statistics
@@ -33,7 +33,9 @@ def calibration(data: Any, network: Network) -> Examples:
     return examples
 
 
-def training(data: Any, network: Network, losses: Sequence[Loss] | None = None) -> Examples:
+def training(
+    data: Any, network: Network, losses: Sequence[Loss | FeatureLoss] | None = None
+) -> Examples:
     """All examples, checked as those of ``calibration``; the labels too, where a loss needs them."""
     examples = examples_of(data, network)
     outputs, labels = runs(examples, network), examples.labels()
@@ -43,7 +45,11 @@ def training(data: Any, network: Network, losses: Sequence[Loss] | None = None) 
 
 
 def trained_on(
-    data: Any, network: Network, teacher: Network, losses: Sequence[Loss] | None, seed: int
+    data: Any,
+    network: Network,
+    teacher: Network,
+    losses: Sequence[Loss | FeatureLoss] | None,
+    seed: int,
 ) -> tuple[Examples, tuple[str, ...]]:
     """The examples to train on, as of ``training``, and a note: made up from the teacher's batch norms where ``data`` is None.
 

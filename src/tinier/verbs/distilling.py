@@ -1,14 +1,15 @@
 """Distill: a student of any shape learns to answer like its teacher."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tinier.edits.base import Plan
 from tinier.errors import InputError
-from tinier.network import Example
-from tinier.recovery.base import Loss
+from tinier.modules.ensemble import Ensemble
+from tinier.network import Example, Network
 from tinier.recovery.choose import as_losses
+from tinier.recovery.inside import AnyLoss
 from tinier.recovery.loop import recover as train_student
 from tinier.targets.base import is_quantized
 from tinier.verbs.calibration import ended_early, trained_on
@@ -21,7 +22,8 @@ def distill(
     data: Any = None,
     *,
     example: Example | None = None,
-    losses: Loss | str | Sequence[Loss | str] | None = None,
+    losses: AnyLoss | str | Sequence[AnyLoss | str] | None = None,
+    pairs: Mapping[str, str] | None = None,
     valid: Any = None,
     epochs: float | None = None,
     seconds: float | None = None,
@@ -40,12 +42,13 @@ def distill(
 
     Args:
         student: an ``nn.Module``, a path, or what another step gave; never changed: a copy is trained.
-        teacher: likewise, with the same inputs and outputs; computed in evaluation mode.
+        teacher: likewise, with the same inputs and outputs; computed in evaluation mode. Of a list of several, the means of the outputs teach.
         data: training examples; labels are used by losses of labels alone. None where there are none: inputs are made up from what the
             teacher's batch norms remember, which is far from real data.
         example: example inputs; None where the models bring their own.
         losses: what is minimized, their sum: objects, or texts such as "soft_targets:temperature=2"; None for soft targets where the first
             output has an axis of classes, else for the error of the outputs.
+        pairs: student's place → teacher's, a module's name each, for losses of features; None to find them (printed by ``pair_layers``).
         valid: examples that are not trained on, for the choice of the best epoch.
         epochs: passes over the data, or
         seconds: time to train.
@@ -74,7 +77,7 @@ def distill(
     Source:
         Hinton, Vinyals, Dean 2015, "Distilling the knowledge in a neural network".
     """
-    original = network_of(teacher, example, data)
+    original = _taught_by(teacher, example, data)
     network = network_of(student, example if example is not None else original.example)
     if is_quantized(network):
         raise InputError(
@@ -88,6 +91,7 @@ def distill(
         original,
         examples,
         losses=chosen,
+        pairs=pairs,
         valid=held,
         seconds=seconds,
         epochs=epochs,
@@ -107,3 +111,20 @@ def distill(
     if isinstance(student, Smaller):
         return Smaller(done.network, student.original, student.plan, notes=(*student.notes, *notes))
     return Smaller(done.network, original, Plan(), notes=notes)
+
+
+def _taught_by(teacher: Any, example: Example | None, data: Any) -> Network:
+    """The network of one teacher, or that of the means of several."""
+    if not isinstance(teacher, list | tuple):
+        return network_of(teacher, example, data)
+    if not teacher:
+        raise InputError("distill: the list of teachers is empty")
+    networks = [network_of(one, example, data) for one in teacher]
+    first = networks[0]
+    others = [list(one.example) for one in networks if list(one.example) != list(first.example)]
+    if others:
+        raise InputError(
+            f"distill: the teachers take other inputs: {', '.join(first.example)} and {', '.join(others[0])}"
+        )
+    module = Ensemble([one.module for one in networks])
+    return Network(module, first.example, name=f"{len(networks)} teachers")

@@ -1,6 +1,6 @@
 """Recover and export: the steps after pruning and quantization."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from tinier.edits.quantize import QuantizeDynamically
 from tinier.errors import InputError
 from tinier.network import Example
 from tinier.output import check_files, whole_files
-from tinier.recovery.base import Loss
 from tinier.recovery.choose import as_losses
+from tinier.recovery.inside import AnyLoss
 from tinier.recovery.loop import recover as train_student
 from tinier.targets.base import Artifact, targets_for
 from tinier.targets.base import is_quantized as computes_rounded
@@ -27,7 +27,8 @@ def recover(
     pruned: Smaller,
     data: Any = None,
     *,
-    losses: Loss | str | Sequence[Loss | str] | None = None,
+    losses: AnyLoss | str | Sequence[AnyLoss | str] | None = None,
+    pairs: Mapping[str, str] | None = None,
     valid: Any = None,
     seconds: float | None = None,
     epochs: float | None = None,
@@ -52,6 +53,7 @@ def recover(
         data: training examples; labels are used by losses of labels alone. None where there are none: inputs are made up from what the
             original's batch norms remember, which is far from real data.
         losses: as of ``distill``; None for the original's own answers.
+        pairs: student's place → teacher's, a module's name each, for losses of features; None to find them (printed by ``pair_layers``).
         valid: examples that are not trained on, for the choice of the best epoch.
         seconds: time to train, or
         epochs: passes over the data.
@@ -80,6 +82,7 @@ def recover(
     examples, made_up = trained_on(data, runs_on, pruned.original, chosen, seed)
     training_of: dict[str, Any] = {
         "losses": chosen,
+        "pairs": pairs,
         "valid": None if valid is None else examples_of(valid, pruned.original),
         "seconds": seconds,
         "epochs": epochs,
