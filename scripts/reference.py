@@ -20,6 +20,7 @@ FAMILIES = [
     ("Methods", "methods", "base", "Method"),
     ("Criteria", "criteria", "base", "Criterion"),
     ("Losses", "recovery", "base", "Loss"),
+    ("Losses of features", "recovery", "base", "FeatureLoss"),
     ("Penalties", "recovery", "base", "Penalty"),
     ("Data readers", "data", "reader", "Reader"),
     ("Sources", "sources", "base", "Source"),

@@ -24,7 +24,7 @@ class AttentionTransfer(FeatureLoss):
     """
 
     name: ClassVar[str] = "attention_transfer"
-    weight: float = 100.0
+    weight: float = 1.0
 
     def on(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> FeatureTerm:
         for ours, theirs in zip(student, teacher, strict=True):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinier.recovery.base import FeatureLoss, FeatureTerm
+from tinier.recovery.features import pooled
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Contrastive(FeatureLoss):
 
     def on(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> FeatureTerm:
         return _Term(
-            self, [_flat(x).shape[1] for x in student], [_flat(x).shape[1] for x in teacher]
+            self, [pooled(x).shape[1] for x in student], [pooled(x).shape[1] for x in teacher]
         )
 
 
@@ -58,16 +59,9 @@ class _Term(FeatureTerm):
     ) -> Tensor:
         terms = []
         for a, b, f, g in zip(student, teacher, self.ours, self.theirs, strict=True):
-            one = F.normalize(f(_flat(a).float()), dim=1)
-            two = F.normalize(g(_flat(b.detach()).float()), dim=1)
+            one = F.normalize(f(pooled(a).float()), dim=1)
+            two = F.normalize(g(pooled(b.detach()).float()), dim=1)
             scores = one @ two.T / self.settings.temperature  # (batch, batch)
             right = torch.arange(len(scores), device=scores.device)
             terms.append((F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2)
         return self.settings.weight * torch.stack(terms).mean()
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(batch, channels): images averaged over their places, sequences over their length."""
-    if x.ndim > 3:
-        return x.flatten(2).mean(2)
-    return x.mean(1) if x.ndim == 3 else x.flatten(1)

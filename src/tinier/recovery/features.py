@@ -20,6 +20,13 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.ndim == 3 else x.flatten(1)[:, None]
 
 
+def pooled(x: Tensor) -> Tensor:
+    """(batch, channels): images averaged over their places, sequences over their length."""
+    if x.ndim > 3:
+        return x.flatten(2).mean(2)
+    return x.mean(1) if x.ndim == 3 else x.flatten(1)
+
+
 def of_same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Images averaged to the smaller height and width of the two; others as they are.
 

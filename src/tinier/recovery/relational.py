@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinier.recovery.base import FeatureLoss, FeatureTerm
-from tinier.recovery.features import SMALL, OverPoints
+from tinier.recovery.features import SMALL, OverPoints, pooled
 
 
 @dataclass(frozen=True)
 class Relational(FeatureLoss):
-    """Huber distances between student and teacher of ``‖x_i − x_j‖ / mean`` and of the cosines of the angles at x_j in (x_i, x_j, x_k).
+    """Features are averaged over places; then Huber distances between student and teacher of ``‖x_i − x_j‖ / mean`` and of the cosines of the angles at x_j in (x_i, x_j, x_k).
 
     Attributes:
         distance: factor of the part of the distances.
@@ -23,6 +23,9 @@ class Relational(FeatureLoss):
 
     Source:
         Park et al. 2019, "Relational knowledge distillation", equations 5 to 9.
+
+    Differs:
+        At every point, not at the last embedding alone; images and sequences are averaged first, for the time that angles take.
     """
 
     name: ClassVar[str] = "relational"
@@ -34,7 +37,7 @@ class Relational(FeatureLoss):
         return OverPoints(self._distance, 1.0)
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        a, b = student.flatten(1), teacher.flatten(1)
+        a, b = pooled(student), pooled(teacher)
         found = self.distance * F.smooth_l1_loss(_distances(a), _distances(b))
         return found + self.angle * F.smooth_l1_loss(
             _angles(a[: self.most]), _angles(b[: self.most])
