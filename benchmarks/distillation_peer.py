@@ -5,12 +5,14 @@ import time
 import torch
 from distillation_task import BATCH, EPOCHS, RATE, accuracy, data, factor, student, teacher
 from peers import answer, request
-from torch.utils.data import TensorDataset
+from torch.utils.data import RandomSampler, TensorDataset
 
 
 def main() -> None:
     # torchdistill imports torchvision for its own networks; its wheel's operators are for torch with CUDA, and none is needed here.
-    torch.library.define("torchvision::nms", "(Tensor boxes, Tensor scores, float most) -> Tensor")
+    for name in ("nms", "qnms"):
+        form = "(Tensor boxes, Tensor scores, float most) -> Tensor"
+        torch.library.define(f"torchvision::{name}", form)
     from torchdistill.core.distillation import get_distillation_box
 
     asked = request()
@@ -19,12 +21,12 @@ def main() -> None:
     dataset = TensorDataset(rows.inputs["x"], rows.labels)
     per_epoch = len(dataset) // BATCH
     total = EPOCHS * per_epoch
-    logits = {"module_path": ".", "io": "output"}
+    logits = {"module_path": ".", "module_io": "output"}
     config = {
         "num_epochs": EPOCHS,
         "train_data_loader": {
             "dataset_id": "train",
-            "random_sample": True,
+            "sampler": {"class_or_func": RandomSampler},
             "kwargs": {"batch_size": BATCH, "num_workers": 0, "drop_last": True},
         },
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
@@ -63,11 +65,11 @@ def main() -> None:
     started, step = time.process_time(), 0
     for epoch in range(box.num_epochs):
         box.pre_epoch_process(epoch=epoch)
-        for batch, targets in box.train_data_loader:
+        for batch, targets, supplement in box.train_data_loader:
             for group in box.optimizer.param_groups:
                 group["lr"] = RATE * factor(step / total)
             box.pre_forward_process()
-            loss = box.forward_process(batch, targets, None)
+            loss = box.forward_process(batch, targets, supplement)
             box.post_forward_process(loss=loss)
             step += 1
         box.post_epoch_process()

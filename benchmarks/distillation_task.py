@@ -7,25 +7,25 @@ import torch.nn.functional as F
 from pruning_quality_tasks import Data, task
 from torch import Tensor, nn
 
-EXAMPLES, BATCH, EPOCHS, RATE = 10_000, 64, 8, 0.05
+EXAMPLES, BATCH, EPOCHS, RATE = 10_000, 64, 10, 0.05
 WARM_UP = 0.05  # part of the steps in which the learning rate rises
 
 
 class Student(nn.Module):
-    """Three convolutions and a linear layer, 14,000 parameters, (n, 1, 28, 28) → (n, 10)."""
+    """Three convolutions and a linear layer, 94,000 parameters and a twentieth of the teacher's MACs, (n, 1, 28, 28) → (n, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (1, 12, 24, 48)
+        widths = (1, 32, 64, 128)
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(a, b, 3, stride=2 if a > 1 else 1, padding=1, bias=False),
+                nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(b),
                 nn.ReLU(),
             )
             for a, b in pairwise(widths)
         )
-        self.fc = nn.Linear(48, 10)
+        self.fc = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.stages:

@@ -14,7 +14,9 @@ from tinier.recovery.features import SMALL, OverPoints, pooled
 
 @dataclass(frozen=True)
 class Relational(FeatureLoss):
-    """Features are averaged over places; then Huber distances between student and teacher of ``‖x_i − x_j‖ / mean`` and of the cosines of the angles at x_j in (x_i, x_j, x_k).
+    """Huber distances between student and teacher of ``‖x_i − x_j‖ / mean`` and of the cosines of the angles at x_j in (x_i, x_j, x_k).
+
+    Features are averaged over their places first.
 
     Attributes:
         distance: factor of the part of the distances.

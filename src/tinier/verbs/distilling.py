@@ -42,7 +42,7 @@ def distill(
 
     Args:
         student: an ``nn.Module``, a path, or what another step gave; never changed: a copy is trained.
-        teacher: likewise, with the same inputs and outputs; computed in evaluation mode. Of a list of several, the means of the outputs teach.
+        teacher: likewise, with the same inputs and outputs, in evaluation mode. Of a list of several, the means of their outputs teach.
         data: training examples; labels are used by losses of labels alone. None where there are none: inputs are made up from what the
             teacher's batch norms remember, which is far from real data.
         example: example inputs; None where the models bring their own.
