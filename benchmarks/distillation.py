@@ -2,7 +2,8 @@
 
     python benchmarks/distillation.py [--seeds 5] [--only NAME …] [--minutes 60]
 
-The student has a twentieth of its MACs; 10,000 training images of Fashion-MNIST, 10 passes, batches of 64, one optimizer and schedule for all.
+The student has a twentieth of its MACs; 10,000 training images of Fashion-MNIST, 10 passes, batches of 64, one optimizer and one
+schedule for all.
 "alone" learns from the labels. torchdistill's settings are tried on the validation part with the first seed; losses of tinier have their
 defaults. A step's time is that of a loop written by hand beside tinier's, in turn, the teacher's answers kept in both. Test images are
 only reported.

@@ -82,6 +82,7 @@ PUBLIC: set[str] = {
     "deliver",
     "distill",
     "export",
+    "factorize",
     "inspect",
     "linearize",
     "load",

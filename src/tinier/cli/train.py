@@ -1,4 +1,4 @@
-"""Distill from the command line."""
+"""Distill and factorize from the command line."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +10,7 @@ from tinier.cli.results import finish
 from tinier.report.terminal import Bars
 from tinier.verbs import Smaller
 from tinier.verbs import distill as run_distill
+from tinier.verbs import factorize as run_factorize
 from tinier.verbs.disk import write_all
 
 Source = "An .onnx, .keras or .pt2 file, a Hugging Face directory, or module:function that gives an nn.Module."
@@ -75,6 +76,42 @@ def distill(
                 precision=precision,
                 seed=seed,
                 progress=step,
+            )
+        with bars.task("writing", None):
+            write_all(smaller, out)
+        return smaller
+
+    finish(guarded(work), out, as_json)
+
+
+@app.command()
+def factorize(
+    model: Annotated[str, typer.Argument(help=Source)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Examples, a few hundred, where factors are to be near; no labels."),
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the cost that is left; half if not given.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Share of each layer's squared outputs instead, as 0.95.")
+    ] = None,
+    of: Annotated[str, typer.Option(help="macs or parameters.")] = "macs",
+    form: Annotated[str, typer.Option(help="Of wide convolutions: svd, tucker or auto.")] = "auto",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Module or parameter that stays, * for any; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Replace layers by products of smaller ones (low rank)."""
+
+    def work(bars: Bars) -> Smaller:
+        with bars.task("factorizing", None):
+            smaller = run_factorize(
+                model, data=data, keep=keep, energy=energy, of=of, form=form, exclude=exclude or ()
             )
         with bars.task("writing", None):
             write_all(smaller, out)

@@ -155,6 +155,8 @@ def _concrete(cls: type[Edit]) -> list[type[Edit]]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
     return value.to_json() if isinstance(value, Values) else value
 
 

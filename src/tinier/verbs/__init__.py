@@ -4,6 +4,7 @@ from tinier.verbs.activations import linearize
 from tinier.verbs.delivery import deliver
 from tinier.verbs.disk import load, save
 from tinier.verbs.distilling import distill
+from tinier.verbs.factorizing import factorize
 from tinier.verbs.pruning import prune
 from tinier.verbs.quantization import quantize
 from tinier.verbs.sharing import share
@@ -17,6 +18,7 @@ __all__ = [
     "deliver",
     "distill",
     "export",
+    "factorize",
     "linearize",
     "load",
     "pack",
