@@ -1,6 +1,6 @@
 """The losses of a training, those of values inside the two networks among them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -11,7 +11,7 @@ from tinier.data.base import Examples
 from tinier.modules.observed import capturing
 from tinier.network import Network
 from tinier.recovery.base import FeatureLoss, FeatureTerm, Loss
-from tinier.recovery.pairing import LayerPair, pair_layers
+from tinier.recovery.pairing import LayerPair
 from tinier.recovery.settings import Settings
 
 AnyLoss = Loss | FeatureLoss
@@ -24,7 +24,7 @@ class Inside:
         student: the network that is trained.
         teacher: the original.
         losses: of outputs and of features.
-        pairs: student's place → teacher's; None for `pair_layers` to find.
+        pairs: of places, for losses of features.
         train: examples, of which a batch says what features are like.
         settings: batch and seed.
 
@@ -38,20 +38,19 @@ class Inside:
         student: Network,
         teacher: Network,
         losses: Sequence[AnyLoss],
-        pairs: Mapping[str, str] | None,
+        pairs: Sequence[LayerPair],
         train: Examples,
         settings: Settings,
     ) -> None:
         self.student, self.teacher, self.all = student, teacher, losses
-        self.pairs: Sequence[LayerPair] = ()
+        self.pairs = pairs
         self.terms = nn.ModuleList()
         self._stack = ExitStack()
         self._ours: dict[str, Tensor] = {}
         self._theirs: dict[str, Tensor] = {}
         features = [loss for loss in losses if isinstance(loss, FeatureLoss)]
-        if not features:
+        if not pairs:
             return
-        self.pairs = pair_layers(student, teacher, pairs)
         count = min(settings.batch, len(train))
         inputs, _ = next(train.subset(range(count)).batches(count))
         device = next(student.module.parameters()).device

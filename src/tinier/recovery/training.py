@@ -18,10 +18,12 @@ from tinier.graph import trace as tracing
 from tinier.modules.masked import plain_name
 from tinier.network import Network
 from tinier.recovery.averaging import Averaged
-from tinier.recovery.base import Loss, Penalty, Pull
+from tinier.recovery.base import FeatureLoss, Loss, Penalty, Pull
 from tinier.recovery.batches import Augment, Inputs, batches_of
 from tinier.recovery.inside import AnyLoss, Inside
 from tinier.recovery.layout import layout_of, lying, store
+from tinier.recovery.optimizers import optimizer_of
+from tinier.recovery.pairing import pair_layers
 from tinier.recovery.pulls import step_size
 from tinier.recovery.recompute import recomputed
 from tinier.recovery.saved_training import (
@@ -46,8 +48,6 @@ from tinier.recovery.workers import Workers
 
 EachStep = Callable[[nn.Module, float], None]
 
-SGD_LR = 0.05
-ADAM_LR = 2e-3
 MOST_GRADIENT = 1.0  # norm to which larger gradients are cut
 SNAPSHOT_STEPS = 50  # distance of the weights that are gone back to when training diverges
 # Below this loss the student is the teacher, to the rounding of float32; Adam would follow the rounding errors.
@@ -75,6 +75,8 @@ class Run:
         self.augment, self.each_step = augment, each_step
         self.workers = Workers(settings.device)
         self.network, self.teacher = student.copy(), teacher
+        features = any(isinstance(loss, FeatureLoss) for loss in losses)
+        paired = pair_layers(student, teacher, pairs) if features else ()
         self.module = self.network.module
         if self.workers.device.type != "cpu":
             self.module.to(self.workers.device)
@@ -91,12 +93,12 @@ class Run:
         self.per_epoch = len(train) // self.batch
         whole = settings.epochs
         self.total = math.inf if whole is None else max(1, round(whole * self.per_epoch))
-        self.inside = Inside(self.network, self.teacher, losses, pairs, train, settings)
+        self.inside = Inside(self.network, self.teacher, losses, paired, train, settings)
         remember = augment is None and not self.inside.pairs
         self.answers = Answers(self.teacher, len(train), remember)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.parameters += [p for p in self.inside.terms.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.module, self.parameters, settings.lr)
+        self.optimizer = optimizer_of(self.module, self.parameters, settings.lr)
         self.lr = self.optimizer.param_groups[0]["lr"]
         half = settings.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.workers.device.type, enabled=half)
@@ -184,7 +186,8 @@ class Run:
                 {name: tensor[rows] for name, tensor in inputs.items()},
                 None if labels is None else labels[rows],
             )
-            share = len(rows) / len(mine)
+            # Shares of processes may differ by one example; their mean is that of all examples.
+            share = len(rows) * self.workers.count / len(index)
             self.scaler.scale(torch.stack(found).sum() * share).backward()
             terms = [t + share * one.item() for t, one in zip(terms, found, strict=True)]
         self.workers.average_gradients(self.parameters)
@@ -387,11 +390,3 @@ class Run:
         self.inside.terms.load_state_dict(under("terms", tensors))
         self.answers.restore(under("answers", tensors))
         torch.set_rng_state(tensors["random"])
-
-
-def _optimizer(
-    module: nn.Module, parameters: list[nn.Parameter], lr: float | None
-) -> torch.optim.Optimizer:
-    if any(isinstance(part, _BatchNorm) for part in module.modules()):
-        return torch.optim.SGD(parameters, lr or SGD_LR, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(parameters, lr or ADAM_LR, eps=1e-7, weight_decay=0.0)

@@ -16,7 +16,7 @@ class Workers:
     The module is not wrapped: what it is called with, its mode and its names stay as they are.
 
     Args:
-        device: a torch device; None for the one that accelerate finds: a GPU where there is one, else the CPU.
+        device: a torch device; None for the one that accelerate finds where that is a GPU with CUDA, else the CPU.
 
     Attributes:
         device: where this process computes.
@@ -27,7 +27,8 @@ class Workers:
     def __init__(self, device: str | torch.device | None = None) -> None:
         state = PartialState()
         try:
-            self.device = state.device if device is None else torch.device(device)
+            found = state.device if state.device.type == "cuda" else torch.device("cpu")
+            self.device = found if device is None else torch.device(device)
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(
@@ -39,7 +40,7 @@ class Workers:
         self.first = state.is_main_process
 
     def share(self, index: Tensor) -> Tensor:
-        """This process's part of the examples of a step, (batch,) → (batch / processes,)."""
+        """This process's part of the examples of a step, (batch,) → about (batch / processes,)."""
         return index.tensor_split(self.count)[self.index]
 
     def mean(self, value: float) -> float:
