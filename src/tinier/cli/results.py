@@ -30,6 +30,8 @@ def show(smaller: Smaller, console: Console) -> None:
         console.print(f"{name} {before:,} → {after:,} ({after / max(before, 1):.1%})", style="bold")
     for note in smaller.notes:
         console.print(note, style="dim", soft_wrap=True)
+    if not smaller.plan.edits:
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for head in ("group", "before → after", "kept"):
         table.add_column(head, overflow="fold")

@@ -86,7 +86,7 @@ class Settings:
             raise InputError(f"ema={self.ema!r}: a decay between 0 and 1 is needed, such as 0.999")
         if self.patience is not None and not (valid and len(valid)):
             raise InputError(
-                "patience: early stopping looks at the loss on data that are not trained on; give those, too"
+                "patience: early stopping looks at the loss on data that are not trained on; give valid, too"
             )
         if not losses:
             raise InputError("recovery needs a loss, such as SoftTargets()")
