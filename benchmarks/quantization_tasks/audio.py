@@ -127,7 +127,7 @@ def opinion(run: Run, part: str) -> dict[str, float]:
     expected = reference("DNSMOS", part, rows).reshape(-1, 3)
     found = np.concatenate([run(row)[0] for row in each(rows)]).reshape(-1, 3)
     same = np.corrcoef(found[:, 2], expected[:, 2])[0, 1] if found[:, 2].std() > 0 else 0.0
-    return {"error": float(np.abs(found - expected).mean()), "correlation": float(same)}
+    return {"mos_error": float(np.abs(found - expected).mean()), "correlation": float(same)}
 
 
 TASKS = (
@@ -146,8 +146,8 @@ TASKS = (
         real._onnx("speechmos", "dnsmos_models/sig_bak_ovr.onnx", "speechmos==0.0.1.1"),
         lambda: {"input_1": tensors({"x": mixtures("calibration")})["x"]},
         opinion,
-        (Metric("error", False, "points"), Metric("correlation", True, "")),
-        lambda figures: figures["error"],
+        (Metric("mos_error", False, "points"), Metric("correlation", True, "")),
+        lambda figures: figures["mos_error"],
         False,
         "nine seconds of Asterisk prompts in white noise: 96, 24 and 60",
     ),
