@@ -215,6 +215,43 @@ def test_what_moves_values_and_concatenations_share_one_scale() -> None:
     assert len({(last[name].scale, last[name].zero_point) for name in together}) == 1
 
 
+class Loudness(nn.Module):
+    """A spectrum, its logarithm, and a convolution of that: what is quiet matters as much as what is loud."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Conv1d(1, 16, 32, stride=16, bias=False)
+        self.features, self.head = nn.Conv1d(16, 8, 3), nn.Linear(8, 4)
+        turns = torch.arange(32) * torch.arange(1, 17)[:, None] * torch.pi / 16
+        with torch.no_grad():
+            self.spectrum.weight.copy_((turns.cos() * torch.hann_window(32))[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        power = self.spectrum(x) * self.spectrum(x)
+        features = torch.relu(self.features(torch.log10(power + 1e-9)))
+        found: Tensor = self.head(features.mean(2)).softmax(1).log()
+        return found
+
+
+def test_what_a_logarithm_is_taken_of_stays_float() -> None:
+    torch.manual_seed(0)
+    module = Loudness().eval()
+    x = torch.randn(16, 1, 256) * torch.logspace(0, -3, 16)[:, None, None]
+    network = Network(module, {"x": x[:2]})
+    placed = place(fold(network.traced.module))
+    # That of a softmax is about its input.
+    assert set(placed.weights) == {"features.weight", "head.weight"}
+    assert {
+        reason.split(" is taken")[0] for name, _, reason in placed.skipped if "conv1d" in name
+    } == {"a logarithm of its result"}
+    plan = Quantization().plan(network, collect(network, [{"x": x}]))
+    # Its weights are stored as integers and computed with in float.
+    rounded = {edit.tensor for edit in plan.edits if isinstance(edit, Quantize)}
+    assert "log10" in rounded and not rounded & {"x", "conv1d", "mul", "add"}
+    gap = (plan.apply(network)({"x": x})[0] - network({"x": x})[0]).abs().max()
+    assert float(gap) < 0.05
+
+
 def test_float_readers_read_float() -> None:
     """A layer norm's output goes to linear layers in integers, and to the residual add as it is."""
     network = build("encoder")

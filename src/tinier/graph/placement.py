@@ -138,6 +138,9 @@ _SPLITS = {
     aten.chunk.default,
     aten.unbind.int,
 }
+_LOGARITHMS = {aten.log.default, aten.log10.default, aten.log2.default, aten.log1p.default}
+# Whose logarithms are about linear in what they read.
+_SATURATING = {aten.softmax.int, aten.sigmoid.default}
 # Bounds of activation functions that take none as arguments.
 _BOUNDS = {aten.relu.default: (0.0, float("inf")), aten.relu6.default: (0.0, 6.0)}
 
@@ -190,6 +193,7 @@ class _Placer:
         self.reads: dict[fx.Node, list[fx.Node]] = {}
         self.integer: set[fx.Node] = set()
         self.root: dict[fx.Node, fx.Node] = {}
+        self.logged = _logged(module)
         self.result = Placement()
 
     def run(self) -> Placement:
@@ -236,6 +240,8 @@ class _Placer:
             return f"its weight is {weight.dtype}, float32 is needed"
         if self.keep(name):
             return "it was asked to stay float"
+        if node in self.logged:
+            return "a logarithm of its result is taken, in which small values matter as much as large ones"
         axis, users = self.result.weights.get(name, (role.axis, ()))
         if axis != role.axis:
             return f"its weight {name} is shared with an operator that reads it the other way"
@@ -315,6 +321,20 @@ class _Placer:
         first, second = self.find(node), self.find(other)
         if first is not second:
             self.root[first] = second
+
+
+def _logged(module: fx.GraphModule) -> set[fx.Node]:
+    """What logarithms are taken of, back to the operators with weights: spectra, whose quiet parts steps of one size would lose."""
+    found: set[fx.Node] = set()
+    waiting = [n for n in module.graph.nodes if n.target in _LOGARITHMS]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source in found or source.target in _SATURATING:
+                continue
+            found.add(source)
+            if _role(source).kind is not Kind.WEIGHTED:
+                waiting.append(source)
+    return found
 
 
 def _role(node: fx.Node) -> Role:
