@@ -122,9 +122,7 @@ def row_of(name: str, epochs: float) -> dict[str, Any]:
             "teacher": judge(outputs(teacher)),
             "cut": judge(outputs(cut.model)),
             "distilled": judge(outputs(trained.model)),
-            "artifact": judge(
-                lambda given: session.run(arrays(given) if isinstance(given, dict) else given)
-            ),
+            "artifact": judge(session.run),
             "allowed": allowed,
             "examples": len(example) and len(next(iter(data.values()))),
             "epochs": epochs,
