@@ -346,7 +346,11 @@ def show(rows: Rows) -> None:
         ratio = found["ratio"] if name in WHERE else found
         print(f"{name}: tinier's distance to the float outputs is {ratio:.2f}{nearest}")
     for row in speeds(rows):
-        own = f"{row['speed']:.2f}× ({row['variant']})" if row["variant"] else "none of those timed is as near"
+        own = (
+            f"{row['speed']:.2f}× ({row['variant']})"
+            if row["variant"]
+            else "none of those timed is as near"
+        )
         theirs = f"{row['peer']} {row['its speed']:.2f}×"
         print(f"{row['task']} on {row['runtime']}, times float: {theirs}, tinier {own}")
 
